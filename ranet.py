@@ -218,6 +218,10 @@ def connected_regions(G: Tensor) -> Tensor:
     """
     _expect(_is_tensor(G, 2, torch.bool) and G.shape[0] == G.shape[1] > 0, "G", "a bool tensor [HW, HW]", G)
     _expect(torch.equal(G, G.T), "G", "a symmetric matrix", "one with G_ij != G_ji")
+    return _components(G)
+
+
+def _components(G: Tensor) -> Tensor:
     n = len(G)
     first = torch.arange(n, dtype=torch.int32, device=G.device)     # [HW]  the lowest pixel known to be connected
     while True:
@@ -401,8 +405,8 @@ class Regions(NamedTuple):
 class RCB(nn.Module):
     r"""The region construction block, eqs. 1-5: cuts each image of a batch into regions.
 
-    Without gradients it holds one [HW, HW] matrix of B's type and one of bool for one image at a time;
-    with gradients, also one byte a pair (two from 257 pixels a side on) from forward to backward.
+    One image at a time it holds one [HW, HW] matrix of B's type and one of bool in the forward pass, and
+    one of a byte an entry (two from 257 pixels a side on) in the backward pass; nothing of that size between.
 
     Args:
         kernel_size: k of W^g, odd. W^g is the softmax of k x k logits, so that F^g and J stay in [0, 1]; at
@@ -448,74 +452,67 @@ class RCB(nn.Module):
         return Regions(labels.view(B.shape), scores.view(B.shape))
 
     def _one_image(self, B: Tensor, C: Tensor, Wg: Tensor) -> tuple[Tensor, Tensor]:
-        learns = torch.is_grad_enabled() and (B.requires_grad or C.requires_grad or Wg.requires_grad)
         with torch.no_grad():
-            labels, J, steps = _construct(B, C, Wg, self.threshold, self.cues, learns)
-        if learns:
-            J = _ScoreGradient.apply(B, C, Wg, J, labels, steps, self.cues)
-        return labels, J                                        # [HW], [HW]
+            labels, J = _construct(B, C, Wg, self.threshold, self.cues)
+        return labels, _ScoreGradient.apply(B, C, Wg, J, labels, self.cues)     # [HW], [HW]
 
 
-def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, keep_steps: bool):
-    """Eqs. 1-5 of one image without autograd: labels [HW], J [HW], and the step of each maximum of eq. 1."""
+def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str) -> tuple[Tensor, Tensor]:
+    """Eqs. 1-5 of one image without autograd: labels and J [HW]."""
     H, W = B.shape
     n = H * W
     C = C.flatten(1)                                            # [N, HW]
-    F = B.new_zeros(n, n)                                       # [HW, HW]  holds D, then F, then F^g
-    steps = torch.zeros(n, n, dtype=torch.uint8 if max(H, W) <= 256 else torch.int16, device=B.device) if keep_steps else None
-    if cues != "semantic":
-        _fill_boundary(F, B, steps)
+    F = B.new_empty(n, n)                                       # [HW, HW]  holds D, then F, then F^g
+    if cues == "semantic":
+        F.zero_()
+    else:
+        _walk_lines(F, B, max(H, W))
     for a in range(0, n, 64):                                   # 64 rows of F stay in the processor's cache
         b = min(a + 64, n)
         E = _pair_divergence(C[:, a:b], C[:, a:]).clamp_(0, 1) if cues != "boundary" else 0   # [rows, HW - a]
         F[a:b, a:] = (1 - F[a:b, a:]) * (1 - E)
-        F[a:b, a:b] = F[a:b, a:b].triu() + F[a:b, a:b].triu(1).T    # so far only i <= j is filled
+        F[a:b, a:b] = F[a:b, a:b].triu() + F[a:b, a:b].triu(1).T    # up to here only i <= j is filled
         F[b:, a:b] = F[a:b, b:].T
         if len(Wg) > 1:
             F[a:b] = _smooth(F[a:b], Wg, (H, W))
     G = torch.empty(n, n, dtype=torch.bool, device=B.device)    # [HW, HW]
     for a in range(0, n, 64):
         torch.gt((F[a:a + 64] + F[:, a:a + 64].T) / 2, threshold, out=G[a:a + 64])
-    labels = connected_regions(G)                               # [HW]
-    size = labels.bincount()                                    # [Q]
-    J = torch.cat([(F[a:a + 64] * (labels[a:a + 64, None] == labels)).sum(1) for a in range(0, n, 64)])   # [HW]
-    return labels, (J / size[labels]).clamp_(0, 1), steps
+    labels = _components(G)                                     # [HW]
+    total = [(F[a:a + 64] * (labels[a:a + 64, None] == labels)).sum(1) for a in range(0, n, 64)]
+    J = torch.cat(total) / labels.bincount()[labels]            # [HW]  over the pixels j of i's region
+    return labels, J.clamp_(0, 1)
 
 
-def _fill_boundary(D: Tensor, B: Tensor, steps: Tensor | None) -> None:
-    """Eq. 1 into D[i, j], and the step of the maximum into steps[i, j], for i <= j.
+def _walk_lines(out: Tensor, B: Tensor, reach: int, steps: bool = False) -> None:
+    """Eq. 1 into out[i, j] for i <= j, or (steps) the first step at which the line is highest.
 
-    All lines with the same L (steps along the longer axis) and rise (pixels along the shorter) are walks of
-    one pattern. With M's shorter-axis positions laid out at every L-th of a pixel in T, step s of the line
-    that starts at (y, x) is T[y L + s rise, x + s]: a strided view, and one maximum serves every start.
+    Lines of more than `reach` steps are left out. All lines of the same L (steps along the longer axis) and
+    rise (pixels along the shorter) are walks of one pattern: with the shorter axis laid out at every L-th of
+    a pixel in T, step s of the line from (y, x) is T[y L + s rise, x + s]. That is a strided view, and one
+    maximum over s serves every start.
     """
     H, W = B.shape
     n = H * W
-    D.diagonal().copy_(B.reshape(-1))
-    # The longer axis is x, then y: M has it along its columns. Strides of a start pixel in D are those of the
-    # pair (i, j) moving together; x_dim is where x lies in M.
-    start = {"y": n * W + W, "x": n + 1}
-    for M, x_dim, (row, col) in ((B, 1, "yx"), (B.T, 0, "xy")):
+    out.diagonal().copy_(B.new_zeros(n) if steps else B.reshape(-1))
+    stride = {"y": n * W + W, "x": n + 1}                       # in out, of i and j moving together
+    for M, rows, cols, x_dim in ((B, "y", "x", 1), (B.T, "x", "y", 0)):     # the longer axis is cols: x, then y
         h, w = M.shape
-        for L in range(1, w):
-            part = torch.arange(L, device=B.device).to(B.dtype)[:, None] / L             # [L, 1]
-            T = (M[:-1, None] + part * (M[1:, None] - M[:-1, None])).flatten(0, 1)       # [(h - 1) L, w]
-            T = torch.cat((T, M[-1:]))                                                   # [(h - 1) L + 1, w]
-            T = torch.stack((T, T.flip(x_dim)))     # [2, (h - 1) L + 1, w]  lines towards higher and lower x
-            wide = -(-(w - L) // 64) * 64           # torch's maximum is ten times faster on rows of whole 64s
-            T = nn.functional.pad(T.flatten(), (0, wide))
+        for L in range(1, min(w - 1, reach) + 1):
+            part = torch.arange(L, device=B.device).to(B.dtype)[:, None] / L            # [L, 1]
+            T = (M[:-1, None] + part * (M[1:, None] - M[:-1, None])).flatten(0, 1)      # [(h - 1) L, w]
+            T = torch.cat((T, M[-1:]))                                                  # [(h - 1) L + 1, w]
+            T = torch.stack((T, T.flip(x_dim)))         # [2, (h - 1) L + 1, w]  towards higher x and lower x
+            wide = -(-(w - L) // 64) * 64               # amax is several times faster on rows of whole 64s
+            padded = nn.functional.pad(T.flatten(), (0, wide))
             for rise in range(min(L, h - 1) + 1):
-                walks = T.as_strided((2, L + 1, h - rise, wide), (((h - 1) * L + 1) * w, rise * w + 1, L * w, 1))
-                if steps is None:
-                    found = [(D, walks.amax(1))]                                         # [2, h - rise, wide]
-                else:
-                    found = list(zip((D, steps), walks[..., :w - L].max(1)))             # the first of equals
-                dy, dx = (rise, L) if x_dim == 1 else (L, rise)
-                strides = start[row], start[col]
-                for matrix, best in found:
-                    up, down = best[..., :w - L]                                         # [h - rise, w - L]
-                    matrix.as_strided(up.shape, strides, dy * W + dx).copy_(up)               # (y, x) -> (y+dy, x+dx)
-                    matrix.as_strided(up.shape, strides, dy * W + dx * n).copy_(down.flip(x_dim))  # (y, x+dx) -> (y+dy, x)
+                walks = padded.as_strided((2, L + 1, h - rise, wide), (T.stride(0), rise * w + 1, L * w, 1))
+                best = walks[..., :w - L].max(1)[1] if steps else walks.amax(1)         # [2, h - rise, wide]
+                up, down = best[..., :w - L]                                            # [h - rise, w - L]
+                dy, dx = (rise, L) if cols == "x" else (L, rise)
+                shape, strides = up.shape, (stride[rows], stride[cols])
+                out.as_strided(shape, strides, dy * W + dx).copy_(up)                   # (y, x) to (y + dy, x + dx)
+                out.as_strided(shape, strides, dy * W + dx * n).copy_(down.flip(x_dim))     # (y, x + dx) to (y + dy, x)
 
 
 def _pair_divergence(Ci: Tensor, Cj: Tensor) -> Tensor:
@@ -532,24 +529,36 @@ class _ScoreGradient(torch.autograd.Function):
     """Hands J through; backward differentiates eqs. 1-5 on the pairs that J depends on, block by block."""
 
     @staticmethod
-    def forward(ctx, B, C, Wg, J, labels, steps, cues):
-        ctx.save_for_backward(B, C, Wg, labels, steps)
+    def forward(ctx, B, C, Wg, J, labels, cues):
+        ctx.save_for_backward(B, C, Wg, labels)
         ctx.cues = cues
         return J.clone()
 
     @staticmethod
     def backward(ctx, dJ):
-        *inputs, labels, steps = ctx.saved_tensors
-        leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, ctx.needs_input_grad)]
+        *inputs, labels = ctx.saved_tensors
+        B, C, Wg = leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, ctx.needs_input_grad)]
+        H, W = B.shape
         order = labels.argsort(stable=True)                     # [HW]  pixels by region
         size = labels.bincount()                                # [Q]
-        pairs = size[labels[order]].clamp_min(256) * len(inputs[1])     # [HW]  what a row costs, times N
-        blocks = (pairs.cumsum(0) // 2 ** 23).unique_consecutive(return_counts=True)[1].tolist()
+        steps = None
+        if ctx.cues != "semantic":
+            # No line is longer than the widest region, and as much of its surroundings as W^g sees.
+            pixel = torch.arange(H * W, device=B.device)
+            extent = [size.scatter_reduce(0, labels, at, "amax", include_self=False)
+                      - size.scatter_reduce(0, labels, at, "amin", include_self=False) for at in (pixel // W, pixel % W)]
+            reach = int(torch.stack(extent).max()) + len(Wg) // 2
+            kind = torch.uint8 if max(H, W) <= 256 else torch.int16
+            steps = torch.empty(H * W, H * W, dtype=kind, device=B.device)
+            _walk_lines(steps, B.detach(), reach, steps=True)
+        # A block has at most 256 rows and about 2^22 numbers: its pairs times the classes.
+        cost = size[labels[order]].clamp_min(2 ** 14 // len(C)) * len(C)        # [HW]
+        blocks = (cost.cumsum(0) // 2 ** 22).unique_consecutive(return_counts=True)[1].tolist()
         with torch.enable_grad(), torch.autocast(dJ.device.type, enabled=False):
             for rows in order.split(blocks):
-                J = _block_scores(*leaves, rows, order, labels, size, steps, ctx.cues)
-                J.backward(dJ[rows])                            # adds to the leaves' gradients
-        return *(leaf.grad for leaf in leaves), None, None, None, None
+                J = _block_scores(B, C, Wg, rows, order, labels, size, steps, ctx.cues)
+                J.backward(dJ[rows])                            # adds to the gradients of the leaves
+        return *(leaf.grad for leaf in leaves), None, None, None
 
 
 def _block_scores(B, C, Wg, rows, order, labels, size, steps, cues):
