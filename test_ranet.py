@@ -635,6 +635,197 @@ def test_rcb_rib_autocast_computes_in_float32():
     assert A.grad.isfinite().all() and rcb.logits.grad.isfinite().all()
 
 
+# ------------------------------------------------------------------------------------- the network and its loss
+
+def small_net(num_classes=3, **options):
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 5, stride=4, padding=2), torch.nn.ReLU())
+    return ranet.RANet(backbone, 5, num_classes, 6, **options)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"cues": "boundary"}, {"cues": "semantic"}, {"joint": False}, {"intra": False}, {"inter": False},
+    {"kernel_size": 1}, {"kernel_size": 5, "k": 1}, {"context": torch.nn.Conv2d(6, 6, 1)}], ids=str)
+def test_net_every_parameter_learns(options):
+    model = small_net(**options)
+    images = torch.rand(2, 3, 36, 52)
+    label = torch.randint(0, 3, (2, 36, 52))
+    ranet.ranet_loss(model(images), label, (label == 1).byte()).total.backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None]
+    assert idle == [], "DistributedDataParallel would wait for these"
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_net_takes_any_size_and_returns_it():
+    model = small_net().eval()
+    for h, w in ((4, 4), (37, 53), (64, 8)):
+        out = model(torch.rand(1, 3, h, w))
+        assert out.fine.shape == out.coarse.shape == (1, 3, h, w)
+        assert out.boundary.shape == out.regions.labels.shape == out.regions.scores.shape
+    assert small_net(context=torch.nn.Identity())(torch.rand(2, 3, 9, 9)).regions is None
+
+
+def test_net_starts_with_one_region():
+    out = small_net()(torch.rand(2, 3, 40, 40))
+    assert 0.02 < out.boundary.sigmoid().mean() < 0.12 and out.regions.labels.max() == 0
+
+
+def test_net_teaches_B_and_C_through_O_only_where_joint():
+    """The fine loss alone: it reaches the boundary head through J, unless joint is False (R4)."""
+    for joint in (True, False):
+        model = small_net(joint=joint)
+        model(torch.rand(1, 3, 40, 40)).fine.square().sum().backward()
+        head = model.boundary.weight.grad
+        assert (head is not None and bool(head.any())) == joint
+        assert model.rcb.logits.grad.any()
+
+
+def test_net_autocast_stays_finite():
+    model = small_net()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.rand(2, 3, 40, 40))
+        label = torch.randint(0, 3, (2, 40, 40))
+        loss = ranet.ranet_loss(out, label, (label == 1).byte()).total
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_loss_equals_the_loop():
+    g = torch.Generator().manual_seed(0)
+    fine, coarse = torch.randn(2, 2, 3, 4, 6, generator=g, dtype=torch.float64)
+    boundary = torch.randn(2, 2, 3, generator=g, dtype=torch.float64)
+    label = torch.randint(0, 3, (2, 4, 6), generator=g)
+    label[0, :2, :2] = label[1, 3] = 255
+    mask = torch.randint(0, 2, (2, 4, 6), generator=g)
+    mask[label == 255] = 255
+    parts = []
+    for logits in (fine, coarse):
+        p = scipy.special.log_softmax(logits.numpy(), axis=1)
+        parts.append(np.mean([-p[b, label[b, y, x], y, x] for b in range(2) for y, x in pixels(4, 6) if label[b, y, x] != 255]))
+    cells = []
+    for b in range(2):
+        for y, x in pixels(2, 3):
+            cell = mask[b, 2 * y:2 * y + 2, 2 * x:2 * x + 2].flatten().tolist()
+            if set(cell) != {255}:
+                p = scipy.special.expit(boundary[b, y, x].item())
+                cells.append(-math.log(p if 1 in cell else 1 - p))
+    parts.append(np.mean(cells))
+    assert len(cells) == 11
+    loss = ranet.ranet_loss(ranet.Output(fine, coarse, boundary, None), label, mask, weights=(1, 2, 3))
+    assert [x.item() for x in loss[1:]] == pytest.approx(parts)
+    assert loss.total.item() == pytest.approx(parts[0] + 2 * parts[1] + 3 * parts[2])
+
+
+def test_loss_of_two_halves_with_their_counts_is_that_of_the_whole():
+    g = torch.Generator().manual_seed(0)
+    out = ranet.Output(*torch.randn(2, 2, 3, 4, 6, generator=g), torch.randn(2, 2, 3, generator=g), None)
+    label = torch.randint(0, 3, (2, 4, 6), generator=g)
+    label[0, :3] = 255
+    mask = torch.where(label == 255, 255, label % 2)
+    half = [(ranet.Output(*(x[i:i + 1] for x in out[:3]), None), label[i:i + 1], mask[i:i + 1]) for i in range(2)]
+    counts = sum(ranet.label_counts(l, m, (2, 3)) for _, l, m in half) / 2      # what two processes would divide by
+    mean = sum(ranet.ranet_loss(o, l, m, counts=counts).total for o, l, m in half) / 2
+    close(mean, ranet.ranet_loss(out, label, mask).total)
+
+
+def test_loss_of_an_unlabelled_batch_is_zero():
+    out = small_net()(torch.rand(2, 3, 16, 16))
+    nothing = torch.full((2, 16, 16), 255)
+    loss = ranet.ranet_loss(out, nothing, nothing)
+    loss.total.backward()
+    assert loss.total.item() == 0
+
+
+# ------------------------------------------------------------------------------------- the file
+
+def test_file_needs_torch_alone_and_is_silent(tmp_path):
+    imports = {alias.name for node in ast.walk(ast.parse((ROOT / "ranet.py").read_text())) if isinstance(node, ast.Import)
+               for alias in node.names}
+    sources = {node.module for node in ast.walk(ast.parse((ROOT / "ranet.py").read_text())) if isinstance(node, ast.ImportFrom)}
+    assert imports | sources == {"torch", "typing"}
+    (tmp_path / "ranet.py").write_text((ROOT / "ranet.py").read_text())
+    probe = ("import torch; state = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled();"
+             "import ranet; now = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled();"
+             "assert torch.equal(state[0], now[0]) and state[1:] == now[1:]")
+    run = subprocess.run([sys.executable, "-W", "error", "-c", probe], cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_file_docstrings_open_with_their_equation_and_survive_python():
+    public = [f for name, f in vars(ranet).items() if not name.startswith("_") and getattr(f, "__doc__", None)]
+    opened = [f.__doc__.split(":")[0] for f in public if f.__doc__.startswith("Eq. ")]
+    assert opened == ["Eq. 1", "Eq. 2", "Eq. 3", "Eq. 4", "Eq. 4", "Eq. 5", "Eq. 6", "Eq. 7", "Eq. 8"]
+    for thing in [ranet, *(x for x in vars(ranet).values() if getattr(x, "__module__", "") == "ranet")]:
+        assert not set("\a\b\f\v\t") & set(thing.__doc__ or ""), "LaTeX in a docstring that is not raw"
+
+
+def test_file_usage_example_works(capsys):
+    lines = ranet.__doc__.split("import torch, ranet\n")[1].split("\n\n")[0]
+    code = "import torch, ranet\n" + "\n".join(line.strip() for line in lines.splitlines())
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("torch.Size([2, 19, 128, 160])\ntensor([")
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+def bad_inputs():
+    B, C, A = random_map(3, 4)
+    pairs = torch.full((12, 12), 0.5, dtype=torch.float64)
+    kernel = torch.full((3, 3), 1 / 9, dtype=torch.float64)
+    labels = torch.tensor([0] * 6 + [1] * 6)
+    J = torch.linspace(0, 1, 12, dtype=torch.float64)
+    reps = ranet.select_representatives(J, labels, 2)
+    image = A.T.reshape(1, 4, 3, 4)
+    regions = ranet.Regions(labels.view(1, 3, 4), J.view(1, 3, 4))
+    out = ranet.Output(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2), None)
+    nan = B.clone().fill_(math.nan)
+    zeros = torch.zeros(1, 4, 4, dtype=torch.int64)
+    r = ranet
+    return [
+        ("B", lambda: r.boundary_probability(B[0])), ("B", lambda: r.boundary_probability(B + 1)),
+        ("B", lambda: r.boundary_probability(nan)), ("B", lambda: r.boundary_probability([[0.5]])),
+        ("B", lambda: r.boundary_probability(torch.ones(2, 2, dtype=torch.int64))),
+        ("B", lambda: r.boundary_probability(B[:0])),
+        ("C", lambda: r.semantic_divergence(B)), ("C", lambda: r.semantic_divergence(C / 2)),
+        ("C", lambda: r.semantic_divergence(C - 1)), ("D", lambda: r.region_attention(B, pairs)),
+        ("E", lambda: r.region_attention(pairs, pairs[:3, :3])), ("E", lambda: r.region_attention(pairs, -pairs)),
+        ("F", lambda: r.regularize(2 * pairs + 1, kernel, (3, 4))), ("Wg", lambda: r.regularize(pairs, 2 * kernel, (3, 4))),
+        ("Wg", lambda: r.regularize(pairs, kernel[:2, :2], (3, 4))), ("size", lambda: r.regularize(pairs, kernel, (4, 4))),
+        ("Fg", lambda: r.region_decision(pairs[:3])), ("threshold", lambda: r.region_decision(pairs, 2)),
+        ("G", lambda: r.connected_regions(pairs)), ("G", lambda: r.connected_regions((pairs > 0).triu())),
+        ("Fg", lambda: r.representative_score(B, labels)), ("labels", lambda: r.representative_score(pairs, labels[:3])),
+        ("labels", lambda: r.representative_score(pairs, labels * 2)), ("labels", lambda: r.representative_score(pairs, labels - 1)),
+        ("labels", lambda: r.representative_score(pairs, labels.float())),
+        ("J", lambda: r.select_representatives(J[:3], labels, 2)), ("K", lambda: r.select_representatives(J, labels, 0)),
+        ("K", lambda: r.select_representatives(J, labels, 1.5)),
+        ("A", lambda: r.intra_region_collection(A[:3], J, labels, reps)), ("A", lambda: r.intra_region_collection(A / 0, J, labels, reps)),
+        ("J", lambda: r.intra_region_collection(A, J + 1, labels, reps)), ("reps", lambda: r.intra_region_collection(A, J, labels, reps + 9)),
+        ("reps", lambda: r.intra_region_collection(A, J, labels, reps.flip(0))),
+        ("reps", lambda: r.intra_region_collection(A, J, labels, reps[:1])),
+        ("reps", lambda: r.intra_region_collection(A, J, labels, reps[[0, 0, 2, 3]])),
+        ("Al", lambda: r.inter_region_interaction(A, J, labels, reps)), ("Ag", lambda: r.intra_region_distribution(A, A, J, labels, reps)),
+        ("Ag", lambda: r.intra_region_distribution(A, A[:4, :2], J, labels, reps)),
+        ("kernel_size", lambda: r.RCB(2)), ("threshold", lambda: r.RCB(threshold=-1)), ("cues", lambda: r.RCB(cues="all")),
+        ("B", lambda: r.RCB()(B, C)), ("C", lambda: r.RCB()(B[None], C)), ("C", lambda: r.RCB()(B[None], C[None, :, :2])),
+        ("B", lambda: r.RCB()(nan[None], C[None])), ("k", lambda: r.RIB(0)), ("A", lambda: r.RIB()(A, regions)),
+        ("A", lambda: r.RIB()(image / 0, regions)),
+        ("regions.labels", lambda: r.RIB()(image[..., :2], regions)),
+        ("regions.scores", lambda: r.RIB()(image, regions._replace(scores=J))),
+        ("num_classes", lambda: small_net(num_classes=0)), ("images", lambda: small_net()(torch.rand(3, 8, 8))),
+        ("backbone", lambda: r.RANet(torch.nn.Identity(), 5, 3, 6)(torch.rand(1, 3, 8, 8))),
+        ("label", lambda: r.ranet_loss(out, zeros + 2, zeros)), ("label", lambda: r.ranet_loss(out, zeros[:, :2], zeros)),
+        ("label", lambda: r.ranet_loss(out, zeros.float(), zeros)), ("mask", lambda: r.ranet_loss(out, zeros, zeros[0])),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(bad_inputs())))
+def test_bad_input_is_one_line_that_names_it(number):
+    name, call = bad_inputs()[number]
+    with pytest.raises(ValueError, match=rf"^{name}: expected .+, got .+") as error:
+        call()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 160
+
+
 # ------------------------------------------------------------------------------------- mutations
 
 # (the tests that must notice, the text in ranet.py, the mistake)
