@@ -29,7 +29,7 @@ the paper in docs/differences.md: a place where the text is silent or contradict
     O, W^d     O, Wd           [HW, M], [HW, P] eq. 8: contextual features; their weights
 
 Pixels are numbered in raster order; i and j are pixels, p and r representatives. The equations' [HW, HW]
-matrices take 338 MiB each at 97 x 97 in float32; `RCB` holds one, and two of a byte an entry.
+matrices take 338 MiB each at 97 x 97 in float32. `RCB` holds one of them at a time, and one of bytes.
 
     import torch, ranet
     backbone = torch.nn.Conv2d(3, 64, 8, stride=8)          # any module that returns [b, in_channels, H, W]
@@ -166,8 +166,10 @@ def regularize(F: Tensor, Wg: Tensor, size: tuple[int, int]) -> Tensor:
     Source: eq. 4, section 3.1.
     """
     _check_pairs("F", F)
-    _expect(_is_tensor(Wg, 2) and Wg.shape[0] == Wg.shape[1] and Wg.shape[0] % 2 == 1, "Wg", "a kernel [k, k], k odd", Wg)
-    _expect(bool((Wg >= 0).all()) and abs(Wg.sum().item() - 1) <= 1e-2, "Wg", "weights >= 0 that sum to 1", Wg)
+    odd = _is_tensor(Wg, 2) and Wg.shape[0] == Wg.shape[1] and Wg.shape[0] % 2 == 1
+    _expect(odd, "Wg", "a kernel [k, k], k odd", Wg)
+    total = Wg.sum().item() if bool((Wg >= 0).all()) else float("nan")
+    _expect(abs(total - 1) <= 1e-2, "Wg", "weights >= 0 that sum to 1", f"a sum of {total:g}")
     _expect(len(size) == 2 and size[0] * size[1] == len(F), "size", f"(H, W) with HW = {len(F)}", size)
     return _smooth(F, Wg, size)
 
@@ -225,10 +227,10 @@ def _components(G: Tensor) -> Tensor:
     n = len(G)
     first = torch.arange(n, dtype=torch.int32, device=G.device)     # [HW]  the lowest pixel known to be connected
     while True:
-        seen = torch.cat([torch.where(edges, first, n).amin(1) for edges in G.split(256)])   # [HW]  over the neighbours
-        seen = torch.minimum(seen, first).long()
+        seen = torch.cat([torch.where(edges, first, n).amin(1) for edges in G.split(256)])  # over the neighbours
+        seen = torch.minimum(seen, first)                           # [HW]
         # Whole trees move, not pixels: that and full pointer jumping need about log(HW) rounds.
-        last, first = first, first.scatter_reduce(0, first.long(), seen.int(), "amin")
+        last, first = first, first.scatter_reduce(0, first.long(), seen, "amin")
         while not torch.equal(first, first[first.long()]):
             first = first[first.long()]
         if torch.equal(first, last):
@@ -283,7 +285,8 @@ def select_representatives(J: Tensor, labels: Tensor, K: int) -> Tensor:
     order = J.argsort(descending=True, stable=True)             # [HW]
     order = order[labels[order].argsort(stable=True)]           # [HW]  by region, then by falling J
     size = labels.bincount()                                    # [Q]
-    rank = torch.arange(len(J), device=J.device) - (size.cumsum(0) - size)[labels[order]]   # [HW]  within the region
+    start = (size.cumsum(0) - size)[labels[order]]              # [HW]  where its region starts in this order
+    rank = torch.arange(len(J), device=J.device) - start        # [HW]  within the region
     return order[rank < K]                                      # [P]
 
 
@@ -354,7 +357,8 @@ def inter_region_interaction(Al: Tensor, J: Tensor, labels: Tensor, reps: Tensor
     return JAl + Wi @ JAl, Wi                                   # [P, M]
 
 
-def intra_region_distribution(A: Tensor, Ag: Tensor, J: Tensor, labels: Tensor, reps: Tensor) -> tuple[Tensor, Tensor]:
+def intra_region_distribution(A: Tensor, Ag: Tensor, J: Tensor, labels: Tensor,
+                              reps: Tensor) -> tuple[Tensor, Tensor]:
     r"""Eq. 8: O, what each pixel receives from the representatives of its region.
 
     .. math:: O_i = J_i A_i + \sum_{p_{q,k} \in \phi(R_q)} W^d_{q,k,i} (J(p_{q,k}) A^g_{q,k}), \quad
@@ -378,7 +382,7 @@ def intra_region_distribution(A: Tensor, Ag: Tensor, J: Tensor, labels: Tensor, 
     _check_matrix("Ag", Ag, len(reps), A.shape[1])
     JAg = J[reps][:, None] * Ag                                 # [P, M]   what each representative sends
     same = labels[:, None] == labels[reps]                      # [HW, P]
-    Wd = _masked_softmax(A @ JAg.T, same)                       # [HW, P]  softmax over the region's representatives
+    Wd = _masked_softmax(A @ JAg.T, same)                       # [HW, P]  softmax over those of its region
     return J[:, None] * A + Wd @ JAg, Wd                        # [HW, M]
 
 
@@ -441,7 +445,7 @@ class RCB(nn.Module):
         """B [b, H, W] in [0, 1] and C [b, N, H, W], probabilities over N, to labels and scores [b, H, W]."""
         _check_scores("B", B, "[b, H, W]", 3, values=not B.is_cuda)
         _check_probabilities("C", C, "[b, N, H, W]", 4, values=not C.is_cuda)
-        _expect(C.shape[0] == B.shape[0] and C.shape[2:] == B.shape[1:], "C", f"the b, H, W of B, {list(B.shape)}", C)
+        _expect(C[:, 0].shape == B.shape, "C", f"the b, H, W of B, {list(B.shape)}", C)
         with torch.autocast(B.device.type, enabled=False):
             B, C = _at_least_float32(B), _at_least_float32(C)
             if not self.joint:
@@ -449,9 +453,11 @@ class RCB(nn.Module):
             Wg = self.kernel().to(B)
             few = max(1, 2 ** 22 // B[0].numel() ** 2)          # small images go together, to save on calls
             with torch.no_grad():
-                found = [_construct(b, c, Wg, self.threshold, self.cues) for b, c in zip(B.split(few), C.split(few))]
-            labels, J = map(torch.cat, zip(*found))             # [b, HW]
-            J = torch.stack([_ScoreGradient.apply(*image, self.cues) for image in zip(B, C, [Wg] * len(B), J, labels)])
+                parts = zip(B.split(few), C.split(few))
+                parts = [_construct(b, c, Wg, self.threshold, self.cues) for b, c in parts]
+            labels, J = map(torch.cat, zip(*parts))             # [b, HW]
+            images = zip(B, C, J, labels)
+            J = torch.stack([_ScoreGradient.apply(b, c, Wg, j, q, self.cues) for b, c, j, q in images])
         return Regions(labels.view(B.shape), J.view(B.shape))
 
 
@@ -468,8 +474,8 @@ def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str) ->
     for F, C in zip(buffers, C.flatten(2)):                     # [HW, HW], [N, HW]
         for a in range(0, n, 64):                               # 64 rows stay in the processor's cache
             b = min(a + 64, n)
-            E = _pair_divergence(C[:, a:b], C[:, a:]).clamp_(0, 1) if cues != "boundary" else 0   # [rows, HW - a]
-            F[a:b, a:] = (1 - F[a:b, a:]) * (1 - E)
+            E = 0 if cues == "boundary" else _pair_divergence(C[:, a:b], C[:, a:]).clamp_(0, 1)
+            F[a:b, a:] = (1 - F[a:b, a:]) * (1 - E)             # [rows, HW - a]
             F[a:b, a:b] = F[a:b, a:b].triu() + F[a:b, a:b].triu(1).T    # up to here only i <= j is filled
             F[b:, a:b] = F[a:b, b:].T
             if len(Wg) > 1:
@@ -499,20 +505,22 @@ def _walk_lines(out: Tensor, B: Tensor, reach: int, steps: bool = False) -> None
     for M, rows, cols, x_dim in ((B, "y", "x", -1), (B.mT, "x", "y", -2)):  # the longer axis is cols: x, then y
         h, w = M.shape[1:]
         for L in range(1, min(w - 1, reach) + 1):
-            part = torch.arange(L, device=B.device).to(B.dtype)[:, None] / L                        # [L, 1]
-            T = (M[:, :-1, None] + part * (M[:, 1:, None] - M[:, :-1, None])).flatten(1, 2)         # [b, (h-1) L, w]
-            T = torch.cat((T, M[:, -1:]), 1)                                                        # [b, (h-1) L + 1, w]
-            T = torch.stack((T, T.flip(x_dim)))         # [2, b, (h-1) L + 1, w]  towards higher x and lower x
+            part = torch.arange(L, device=B.device).to(B.dtype)[:, None] / L    # [L, 1]
+            T = (M[:, :-1, None] + part * (M[:, 1:, None] - M[:, :-1, None])).flatten(1, 2)
+            T = torch.cat((T, M[:, -1:]), 1)            # [b, (h-1) L + 1, w]
+            T = torch.stack((T, T.flip(x_dim)))         # [2, b, (h-1) L + 1, w]  towards higher x, and lower
             wide = -(-(w - L) // 64) * 64               # amax is several times faster on rows of whole 64s
             padded = nn.functional.pad(T.flatten(), (0, wide))
             for rise in range(min(L, h - 1) + 1):
-                walks = padded.as_strided((2, b, L + 1, h - rise, wide), (*T.stride()[:2], rise * w + 1, L * w, 1))
-                best = walks[..., :w - L].max(2)[1] if steps else walks.amax(2)                     # [2, b, h - rise, wide]
-                up, down = best[..., :w - L]                                                        # [b, h - rise, w - L]
+                shape, strides = (2, b, L + 1, h - rise, wide), (*T.stride()[:2], rise * w + 1, L * w, 1)
+                walks = padded.as_strided(shape, strides)
+                best = walks[..., :w - L].max(2)[1] if steps else walks.amax(2)     # over s
+                up, down = best[..., :w - L]                                        # [b, h - rise, w - L]
                 dy, dx = (rise, L) if cols == "x" else (L, rise)
-                shape, strides = up.shape, (n * n, stride[rows], stride[cols])
-                out.as_strided(shape, strides, dy * W + dx).copy_(up)                   # (y, x) to (y + dy, x + dx)
-                out.as_strided(shape, strides, dy * W + dx * n).copy_(down.flip(x_dim))     # (y, x + dx) to (y + dy, x)
+                strides = n * n, stride[rows], stride[cols]
+                out.as_strided(up.shape, strides, dy * W + dx).copy_(up)            # (y, x) to (y + dy, x + dx)
+                down = down.flip(x_dim)
+                out.as_strided(up.shape, strides, dy * W + dx * n).copy_(down)      # (y, x + dx) to (y + dy, x)
 
 
 def _pair_divergence(Ci: Tensor, Cj: Tensor) -> Tensor:
@@ -545,9 +553,9 @@ class _ScoreGradient(torch.autograd.Function):
         if ctx.cues != "semantic":
             # No line is longer than the widest region, and as much of its surroundings as W^g sees.
             pixel = torch.arange(H * W, device=B.device)
-            extent = [size.scatter_reduce(0, labels, at, "amax", include_self=False)
-                      - size.scatter_reduce(0, labels, at, "amin", include_self=False) for at in (pixel // W, pixel % W)]
-            reach = int(torch.stack(extent).max()) + len(Wg) // 2
+            ends = [[size.scatter_reduce(0, labels, at, side, include_self=False) for side in ("amax", "amin")]
+                    for at in (pixel // W, pixel % W)]          # [Q] each: of the regions' rows and columns
+            reach = max(int((last - first).max()) for last, first in ends) + len(Wg) // 2
             kind = torch.uint8 if max(H, W) <= 256 else torch.int16
             steps = torch.empty(H * W, H * W, dtype=kind, device=B.device)
             _walk_lines(steps[None], B.detach()[None], reach, steps=True)
@@ -578,7 +586,7 @@ def _block_scores(B, C, Wg, rows, order, labels, size, steps, cues):
     cols, at = (y * W + x).flatten(0, 1).unique(return_inverse=True)    # [cols], [k k, members]
     at = at + (labels[members] - low) * len(cols)
     M = Wg.new_zeros((int(high - low) + 1) * len(cols))
-    M = M.scatter_add(0, at.flatten(), Wg.reshape(-1, 1).expand_as(at).flatten())   # over the pixels of each region
+    M = M.scatter_add(0, at.flatten(), Wg.reshape(-1, 1).expand_as(at).flatten())   # over a region's pixels
     M = M.view(-1, len(cols))[region - low]                     # [rows, cols]
     D = E = 0
     if cues != "semantic":
@@ -639,9 +647,10 @@ class RIB(nn.Module):
             Al = torch.cat([intra_region_collection(a, j, own, r)[0] for a, j, own, r in parts])   # [P, M]
         else:
             Al = (J[:, None] * A)[reps]                         # [P, M]
-        Ag = _interaction(Al, J[reps], labels[reps]) if self.inter else J[reps][:, None] * Al      # [P, M]
+        Jp = J[reps]                                            # [P]
+        Ag = _interaction(Al, Jp, labels[reps]) if self.inter else Jp[:, None] * Al             # [P, M]
         if not self.intra:
-            return (J[:, None] * A).index_add(0, reps, J[reps][:, None] * Ag)
+            return (J[:, None] * A).index_add(0, reps, Jp[:, None] * Ag)
         shares = Ag.split(cuts[1])
         O = [intra_region_distribution(a, ag, j, own, r)[0] for (a, j, own, r), ag in zip(parts, shares)]
         return torch.cat(O)[place]                              # [HW, M]
@@ -654,7 +663,7 @@ def _interaction(Al: Tensor, J: Tensor, region: Tensor) -> Tensor:
     alone = JAl * (peers == 1)[:, None]
     Ag = JAl + alone.sum(0) - alone                             # [P, M]  a softmax over one is 1
     for count in peers[peers > 1].unique().tolist():
-        source = JAl[peers == count]                            # [S count, M]  S regions with `count` representatives
+        source = JAl[peers == count]                            # [S count, M]  S regions of `count` each
         name = region[peers == count][::count]                  # [S]
         logits = (Al @ source.T).unflatten(1, (-1, count))      # [P, S, count]
         own = (region[:, None] == name)[..., None]              # [P, S, 1]
@@ -722,7 +731,8 @@ class RANet(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         """Images [b, 3, h, w] of any size to `Output`."""
-        _expect(_is_tensor(images, 4) and images.is_floating_point(), "images", "floating-point [b, 3, h, w]", images)
+        ok = _is_tensor(images, 4) and images.is_floating_point()
+        _expect(ok, "images", "floating-point [b, 3, h, w]", images)
         features = self.backbone(images)                        # [b, in_channels, H, W]
         in_channels = self.reduce[0].in_channels
         _expect(_is_tensor(features, 4) and features.shape[1] == in_channels,
@@ -772,7 +782,7 @@ def ranet_loss(output: Output, label: Tensor, mask: Tensor, weights: tuple[float
     N = output.fine.shape[1]
     _expect(_is_tensor(label, 3, torch.int64) and label.shape == output.fine[:, 0].shape,
             "label", f"int64 of shape {list(output.fine[:, 0].shape)}", label)
-    _expect(_is_tensor(mask, 3) and mask.shape == label.shape, "mask", f"the shape of label, {list(label.shape)}", mask)
+    _expect(_is_tensor(mask, 3) and mask.shape == label.shape, "mask", f"label's shape, {list(label.shape)}", mask)
     if not label.is_cuda:
         bad = label[((label < 0) | (label >= N)) & (label != 255)]
         _expect(len(bad) == 0, "label", f"0..{N - 1} or 255", bad[:1].tolist())
@@ -813,7 +823,7 @@ def _is_tensor(x, dims: int, dtype: torch.dtype | None = None) -> bool:
     return isinstance(x, Tensor) and x.dim() == dims and 0 not in x.shape and dtype in (None, x.dtype)
 
 
-def _check_scores(name: str, x: Tensor, shape: str, dims: int, values: bool = True, length: int | None = None) -> None:
+def _check_scores(name: str, x: Tensor, shape: str, dims: int, values: bool = True, length: int | None = None):
     _expect(_is_tensor(x, dims) and x.is_floating_point(), name, f"floating-point scores {shape}", x)
     _expect(length in (None, len(x)), name, f"a score for each of {length} pixels", x)
     if values:
@@ -827,7 +837,7 @@ def _check_probabilities(name: str, x: Tensor, shape: str, dims: int, values: bo
     if values:
         sums = x.detach().sum(-3)                               # over the classes
         worst = sums.flatten()[(sums - 1).abs().argmax()].item()
-        _expect(abs(worst - 1) <= 1e-2, name, "probabilities that sum to 1 over the classes", f"a sum of {worst:g}")
+        _expect(abs(worst - 1) <= 1e-2, name, "a sum of 1 over the classes", f"a sum of {worst:g}")
 
 
 def _check_pairs(name: str, x: Tensor) -> None:
@@ -860,12 +870,15 @@ def _check_representatives(reps: Tensor, labels: Tensor) -> None:
     inside = int(reps.min()) >= 0 and int(reps.max()) < len(labels)
     _expect(inside, "reps", f"pixels 0..{len(labels) - 1}", f"numbers from {int(reps.min())} to {int(reps.max())}")
     by_region = bool((labels[reps].diff() >= 0).all()) and len(labels[reps].unique()) == int(labels.max()) + 1
-    _expect(by_region and len(reps.unique()) == len(reps), "reps", "different pixels of every region, by region", reps.tolist()[:9])
+    ok = by_region and len(reps.unique()) == len(reps)
+    _expect(ok, "reps", "different pixels of every region, by region", reps.tolist()[:9])
 
 
 def _check_threshold(threshold: float) -> None:
-    _expect(isinstance(threshold, (int, float)) and 0 <= threshold <= 1, "threshold", "a number in [0, 1]", repr(threshold))
+    ok = isinstance(threshold, (int, float)) and 0 <= threshold <= 1
+    _expect(ok, "threshold", "a number in [0, 1]", repr(threshold))
 
 
 def _check_count(name: str, count: int) -> None:
-    _expect(isinstance(count, int) and not isinstance(count, bool) and count > 0, name, "a positive whole number", repr(count))
+    ok = isinstance(count, int) and not isinstance(count, bool) and count > 0
+    _expect(ok, name, "a positive whole number", repr(count))
