@@ -71,30 +71,30 @@ def boundary_probability(B: Tensor) -> Tensor:
     """
     _check_scores("B", B, "[H, W]", 2)
     H, W = B.shape
-    pixel = torch.arange(H * W, device=B.device)
-    i = torch.minimum(pixel[:, None], pixel)                    # [HW, HW]  where the walk starts
-    j = torch.maximum(pixel[:, None], pixel)                    # [HW, HW]  and where it ends
-    D = _on_line(B, i, j, torch.zeros_like(i))                  # [HW, HW]
+    j = torch.arange(H * W, device=B.device)                    # [HW]
+    i = j[:, None]                                              # [HW, 1]
+    D = _on_line(B, i, j, torch.zeros_like(j))                  # [HW, HW]
     for step in range(1, max(H, W)):
-        sample = _on_line(B, i, j, torch.full_like(i, step))    # [HW, HW]  j again on a line that has ended
+        sample = _on_line(B, i, j, torch.full_like(j, step))    # [HW, HW]  the end again on a line that has ended
         D = torch.where(sample > D, sample, D)
     return D
 
 
 def _on_line(B: Tensor, i: Tensor, j: Tensor, step: Tensor) -> Tensor:
-    """B at one step of the line from pixel i to pixel j: a pixel along the longer axis, between two along
-    the shorter (Figure 2). i, j and step: integers whose shapes broadcast to the result's."""
+    """B on the line between pixels i and j, `step` steps from the lower-numbered one: on a pixel along the
+    longer axis, between two along the shorter (Figure 2). Integers whose shapes broadcast to the result's."""
     H, W = B.shape
     y, x = i // W, i % W
     dy, dx = j // W - y, j % W - x
     L = torch.maximum(dy.abs(), dx.abs()).clamp_min(1)
     step = torch.minimum(step, L)
-    rest_y, rest_x = step * dy % L, step * dx % L               # L-ths of a pixel; 0 on the longer axis
-    near = (y + step * dy // L) * W + x + step * dx // L
-    far = near + (rest_y > 0) * W + (rest_x > 0)
-    weight = (rest_y + rest_x).to(B.dtype) / L
+    step = torch.where(i < j, step, L - step)                   # now from i
+    down, right = step * dy // L, step * dx // L                # whole pixels,
+    rest = step * (dy + dx) - L * (down + right)                # and L-ths of one, along the shorter axis
+    near = (y + down) * W + x + right
+    far = near + (rest > 0) * torch.where(dy.abs() < L, W, 1)
     scores = B.reshape(-1)                                      # [HW]
-    return scores[near] + weight * (scores[far] - scores[near])
+    return scores[near] + rest.to(B.dtype) / L * (scores[far] - scores[near])
 
 
 def semantic_divergence(C: Tensor) -> Tensor:
@@ -590,8 +590,8 @@ def _block_scores(B, C, Wg, rows, order, labels, size, steps, cues):
     M = M.view(-1, len(cols))[region - low]                     # [rows, cols]
     D = E = 0
     if cues != "semantic":
-        i, j = torch.minimum(rows[:, None], cols), torch.maximum(rows[:, None], cols)   # [rows, cols]
-        D = _on_line(B, i, j, steps[i, j].long())
+        step = steps[torch.minimum(rows[:, None], cols), torch.maximum(rows[:, None], cols)]
+        D = _on_line(B, rows[:, None], cols, step.long())                               # [rows, cols]
     if cues != "boundary":
         E = _pair_divergence(C.flatten(1)[:, rows], C.flatten(1)[:, cols])              # [rows, cols]
     F = (1 - D) * (1 - E)

@@ -134,7 +134,7 @@ def test_eq1_samples_lie_where_fractions_say():
     ramps = [torch.arange(H, dtype=torch.float64)[:, None].expand(H, W), torch.arange(W, dtype=torch.float64).expand(H, W)]
     for i, a in enumerate(pixels(H, W)):
         for j, b in enumerate(pixels(H, W)):
-            for s, place in enumerate(line(a, b)):
+            for s, place in enumerate(line(min(a, b), max(a, b))):
                 for ramp, position in zip(ramps, place):     # a ramp's value is the position
                     got = ranet._on_line(ramp, torch.tensor(i), torch.tensor(j), torch.tensor(s)).item()
                     assert abs(got - position) < Fraction(1, 10 ** 12)
@@ -832,11 +832,11 @@ def test_bad_input_is_one_line_that_names_it(number):
 MUTATIONS = [
     ("eq1", "torch.where(sample > D, sample, D)", "torch.where(sample < D, sample, D)"),              # minimum
     ("eq1", "torch.where(sample > D, sample, D)", "torch.where(sample >= D, sample, D)"),             # the last of equals
-    ("eq1", "D = _on_line(B, i, j, torch.zeros_like(i))", "D = 0 * _on_line(B, i, j, torch.zeros_like(i))"),  # start dropped
+    ("eq1", "D = _on_line(B, i, j, torch.zeros_like(j))", "D = 0 * _on_line(B, i, j, torch.zeros_like(j))"),  # start dropped
     ("eq1", "    for step in range(1, max(H, W)):", "    for step in range(1, max(H, W) - 1):"),      # end dropped
     ("eq1", "L = torch.maximum(dy.abs(), dx.abs())", "L = torch.minimum(dy.abs(), dx.abs())"),        # shorter axis
-    ("eq1", "near + (rest_y > 0) * W + (rest_x > 0)", "near + (rest_y > 0) + (rest_x > 0) * W"),      # wrong neighbour
-    ("eq1", "weight * (scores[far] - scores[near])", "(1 - weight) * (scores[far] - scores[near])"),  # weight reversed
+    ("eq1", "torch.where(dy.abs() < L, W, 1)", "torch.where(dy.abs() < L, 1, W)"),               # wrong neighbour
+    ("eq1", "rest.to(B.dtype) / L * (", "(1 - rest.to(B.dtype) / L) * ("),                          # weight reversed
     ("eq2", "return _unit((kl_i + kl_j) / 2)", "return _unit(kl_i + kl_j)"),                          # missing half
     ("eq2", "U = (Ci + Cj) / 2 ", "U = Ci + Cj "),                                                    # U no mean
     ("eq2", "kl_j = (Cj * (_log2(Cj)", "kl_j = (Ci * (_log2(Cj)"),                                    # wrong weight
