@@ -1,0 +1,134 @@
+"""Measures what the readings of differences.md change, on label maps: python docs/differences.py --root camvid
+
+B and C are made from the labels of a `folder` data set (B 0.9 on class borders and 0.05 elsewhere, C a softmax
+that is sure of the label), so that the numbers speak of the equations and not of a trained network.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d, interpolate, one_hot
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import ranet  # noqa: E402
+from data import boundary_mask, load  # noqa: E402
+
+torch.set_grad_enabled(False)
+
+
+def maps(label: Tensor, N: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """B [H, W] and C [N, H, W] of a label map [h, w]."""
+    mask = boundary_mask(label)
+    B = 0.05 + 0.85 * adaptive_max_pool2d((mask == 1).float()[None], size)[0]               # [H, W]
+    label = interpolate(label[None, None].float(), size, mode="nearest")[0, 0].long()       # [H, W]
+    label[label == 255] = 0
+    return B, (8.0 * one_hot(label, N).permute(2, 0, 1)).softmax(0)                         # [N, H, W]
+
+
+def without_end_points(B: Tensor) -> Tensor:
+    """Eq. 1 as the released code has it: the end points do not count. [HW, HW]"""
+    n = B.numel()
+    pixel = torch.arange(n)
+    i, j = torch.minimum(pixel[:, None], pixel), torch.maximum(pixel[:, None], pixel)       # [HW, HW]
+    W = B.shape[1]
+    L = torch.maximum((j // W - i // W).abs(), (j % W - i % W).abs())
+    D = torch.zeros(n, n)
+    for step in range(1, max(B.shape) - 1):
+        sample = ranet._on_line(B, i, j, torch.full_like(i, step))
+        D = torch.where((step < L) & (sample > D), sample, D)
+    return D
+
+
+def regions_of(D: Tensor, E: Tensor, size: tuple[int, int], threshold: float, Wg: Tensor) -> tuple[Tensor, Tensor]:
+    Fg = ranet._smooth((1 - D) * (1 - E), Wg, size)
+    return ranet._components((Fg + Fg.T) / 2 > threshold), Fg
+
+
+def end_points_and_threshold(labels: list[Tensor], N: int) -> None:
+    size = 23, 30
+    rows = {}
+    for label in labels:
+        B, C = maps(label, N, size)
+        E = ranet.semantic_divergence(C)
+        D = torch.empty(1, B.numel(), B.numel())
+        ranet._walk_lines(D, B[None], max(size))
+        D = D[0].triu() + D[0].triu(1).T
+        for name, matrix in (("with", D), ("without", without_end_points(B))):
+            for threshold in (0.5, 0.65, 0.8):
+                count = regions_of(matrix, E, size, threshold, ranet.RCB().kernel())[0].bincount()
+                rows.setdefault((name, threshold), []).append(((count > 20).sum().item(), (count == 1).sum().item(), len(count)))
+    print(f"\nR1, R3. Regions of {len(labels)} label maps at {size[0]} x {size[1]} (means), k = 3:\n")
+    print("| end points | threshold | regions of more than 20 pixels | single pixels | Q | pixels a region |\n|---|---|---|---|---|---|")
+    for (name, threshold), found in rows.items():
+        large, single, Q = torch.tensor(found).float().mean(0).tolist()
+        print(f"| {name} | {threshold} | {large:.1f} | {single:.0f} | {Q:.0f} | {size[0] * size[1] / Q:.1f} |")
+
+
+def thin_walls() -> None:
+    n = 21
+    print(f"\nR1, R3. The lowest wall, in steps of 0.02, that parts a {n} x {n} map (B = 0 elsewhere, classes equal):\n")
+    print("| threshold | k | one pixel thick | two pixels thick |\n|---|---|---|---|")
+    for threshold in (0.5, 0.65, 0.8):
+        for k in (1, 3):
+            found = []
+            for wall in ([n // 2], [n // 2, n // 2 + 1]):
+                for b in (x / 50 for x in range(51)):
+                    B = torch.zeros(1, n, n)
+                    B[:, :, wall] = b
+                    labels = ranet.RCB(k, threshold)(B, torch.full((1, 2, n, n), 0.5)).labels
+                    if labels[0, 0, 0] != labels[0, 0, -1]:
+                        break
+                else:
+                    b = None
+                found.append("never" if b is None else f"{b:.2f}")
+            print(f"| {threshold} | {k} | {found[0]} | {found[1]} |")
+
+
+def size_of_O(labels: list[Tensor], N: int) -> None:
+    size = 23, 30
+    print(f"\nR8, R14. Eq. 7's sum and |O| at {size[0]} x {size[1]}, A = relu(noise) / 10 of 512 channels (means over the maps):\n")
+    print("| threshold | Q | share of the other representatives that are alone in their region | |O| / |A| |\n|---|---|---|---|")
+    for threshold in (0.3, 0.5, 0.65, 0.8, 0.9):
+        rows = []
+        for seed, label in enumerate(labels):
+            B, C = maps(label, N, size)
+            regions = ranet.RCB(threshold=threshold)(B[None], C[None])
+            A = torch.randn(1, 512, *size, generator=torch.Generator().manual_seed(seed)).relu() / 10
+            O = ranet.RIB()(A, regions)
+            count = regions.labels.flatten().bincount()
+            rows.append((len(count), (count == 1).sum() / len(count), O.norm() / A.norm()))
+        Q, alone, ratio = torch.tensor(rows).mean(0).tolist()
+        print(f"| {threshold} | {Q:.0f} | {alone:.0%} of the sources s | {ratio:.0f} |")
+
+
+def boundary_target(labels: list[Tensor]) -> None:
+    full, pooled, taught = [], [], []
+    for label in labels:
+        mask = (boundary_mask(label) == 1).float()
+        size = [-(-s // 8) for s in mask.shape]
+        cells = adaptive_max_pool2d(mask[None], size)[0]
+        up = interpolate(cells[None, None], mask.shape, mode="nearest")[0, 0]
+        full.append(mask.mean()), pooled.append(cells.mean()), taught.append(mask[up == 1].mean())
+    full, pooled, taught = (torch.stack(x).mean().item() for x in (full, pooled, taught))
+    print(f"\nR11. Boundary pixels {full:.1%}; boundary cells of the pooled mask at stride 8 {pooled:.1%}; within these cells"
+          f"\n{taught:.0%} of the pixels are boundary: what a loss at image size teaches B there.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True, help="a data set in the layout of `folder`")
+    parser.add_argument("--images", type=int, default=24, help="how many label maps of its val split, evenly spread")
+    args = parser.parse_args()
+    data = load("folder", args.root, "val")
+    labels = [data[i * len(data) // args.images][1].as_subclass(Tensor) for i in range(args.images)]
+    N = len(data.classes)
+    thin_walls()
+    end_points_and_threshold(labels, N)
+    size_of_O(labels, N)
+    boundary_target(labels)
+
+
+if __name__ == "__main__":
+    main()
