@@ -79,10 +79,10 @@ class Shapes(Dataset):
     r"""Scenes of balls and stars that are day or night things by the lamp, a small disc far away.
 
     A golden lamp, the sun, makes every ball a "day ball" and every star a "day star"; a blue one, the moon, makes
-    them "night". Nothing else in the picture differs, and the lamp is at least 25 pixels from every ball and star.
+    them "night". Nothing else in the picture differs, and the lamp is at least 21 pixels from every ball and star.
     Day and night take turns, so each has half of the scenes.
 
-    What a network can score whose output sees less than 25 pixels around: it cannot tell day from night, so
+    What a network can score whose output sees less than 21 pixels around: it cannot tell day from night, so
     whatever share p of the ball pixels it calls day, it calls the same share so by day and by night.
     Then IoU(day ball) = p / (1 + p) and IoU(night ball) = (1 - p) / (2 - p), whose sum is highest at p = 1/2:
     1/3 each. So is it for the stars, and with the other three classes perfect its mIoU is at most
@@ -125,7 +125,7 @@ class Shapes(Dataset):
 
 GROUNDS = (214, 192, 152), (150, 170, 120), (176, 150, 130), (150, 160, 170), (190, 170, 180)
 COATS = (150, 88, 140), (88, 140, 110), (190, 96, 84), (120, 120, 120), (150, 112, 84), (190, 120, 150)
-GAP = 25        # pixels between the lamp and what it decides
+GAP = 21        # pixels between the lamp and what it decides
 
 
 def _scene(rng: np.random.Generator, size: int, day: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -134,17 +134,17 @@ def _scene(rng: np.random.Generator, size: int, day: bool) -> tuple[np.ndarray, 
     image = _texture(rng, y, x, GROUNDS[rng.integers(len(GROUNDS))])    # [3, size, size]
     label = np.zeros((size, size), np.uint8)                    # [size, size]
 
-    lamp_r = rng.uniform(6.5, 8)
+    lamp_r = rng.uniform(7.5, 9)
     side, along, depth = rng.integers(4), rng.uniform(9, size - 9), rng.uniform(8, 10)
     lamp = [(depth, along), (size - 1 - depth, along), (along, depth), (along, size - 1 - depth)][side]
     from_lamp = np.hypot(y - lamp[0], x - lamp[1])              # [size, size]
-    inside = np.minimum(np.minimum(y, x), size - 1 - np.maximum(y, x)) >= 3     # centres keep off the frame
+    inside = np.minimum(np.minimum(y, x), size - 1 - np.maximum(y, x)) >= 4     # centres keep off the frame
 
     for kind in rng.permutation([3, 5, rng.integers(1, 3) * 2 + 1]):                  # groups of balls and stars
         coat = COATS[rng.integers(len(COATS))]
         near = None                                             # the first of a group lies anywhere
         for _ in range(rng.integers(1, 3)):                     # ... and the others touch one before
-            r = rng.uniform(7, 10) * (1.2 if kind == 5 else 1)
+            r = rng.uniform(9.5, 13) * (1.15 if kind == 5 else 1)
             free = inside & (from_lamp > lamp_r + r + GAP + 1)
             if near is not None:
                 free &= abs(np.hypot(y - near[0], x - near[1]) - 0.9 * (near[2] + r)) < 1

@@ -29,7 +29,7 @@ the paper in docs/differences.md: a place where the text is silent or contradict
     O, W^d     O, Wd           [HW, M], [HW, P] eq. 8: contextual features; their weights
 
 Pixels are numbered in raster order; i and j are pixels, p and r representatives. The equations' [HW, HW]
-matrices take 338 MiB each at 97 x 97 in float32. `RCB` holds one of them at a time, and one of bytes.
+matrices take 338 MiB each at 97 x 97 in float32. `RCB` holds one of them, and one of a byte an entry.
 
     import torch, ranet
     backbone = torch.nn.Conv2d(3, 64, 8, stride=8)          # any module that returns [b, in_channels, H, W]
@@ -336,7 +336,7 @@ def inter_region_interaction(Al: Tensor, J: Tensor, labels: Tensor, reps: Tensor
         labels: [HW] int64, of `connected_regions`.
         reps: [P] int64, of `select_representatives`.
     Returns:
-        A^g [P, M], and the weights [P, P], 0 within a region.
+        A^g [P, M], and the weights W^g (here Wi) [P, P], 0 within a region.
     Gradient: to A^l and J.
     Raises: ValueError for other shapes, types or values.
     Source: eq. 7, section 3.2.
@@ -409,8 +409,9 @@ class Regions(NamedTuple):
 class RCB(nn.Module):
     r"""The region construction block, eqs. 1-5: cuts each image of a batch into regions.
 
-    One image at a time it holds one [HW, HW] matrix of B's type and one of bool in the forward pass, and
-    one of a byte an entry (two from 257 pixels a side on) in the backward pass; nothing of that size between.
+    One image at a time (small ones, a few) it holds one [HW, HW] matrix of B's type and one of bool in the
+    forward pass, and one of a byte an entry (two from 257 pixels a side on) in the backward pass; between
+    them, nothing of that size.
 
     Args:
         kernel_size: k of W^g, odd. W^g is the softmax of k x k logits, so that F^g and J stay in [0, 1]; at
@@ -418,7 +419,7 @@ class RCB(nn.Module):
         threshold: tau of eq. 4.
         cues: "both", or "boundary" (F = 1 - D) or "semantic" (F = 1 - E), as in Table 1 (R10).
         joint: False stops the gradient of J at B and C; W^g still receives it.
-    Gradient: J's to B, C and W^g; labels carry none.
+    Gradient: J's to B, C and W^g (first derivatives only); labels carry none.
     Source: section 3.1 and Figure 3.
     """
 
@@ -543,6 +544,7 @@ class _ScoreGradient(torch.autograd.Function):
         return J.clone()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dJ):
         *inputs, labels = ctx.saved_tensors
         B, C, Wg = leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, ctx.needs_input_grad)]
@@ -602,10 +604,11 @@ class RIB(nn.Module):
     r"""The region interaction block, eqs. 6-8: exchanges context between the regions of each image.
 
     It has no parameters. Dense weights are made for a few regions at a time in eqs. 6 and 8, and in eq. 7
-    only from regions of two or more representatives: a single one has weight 1 for everyone.
+    only from regions of two or more representatives, since a single one has weight 1 for everyone. At worst,
+    with small regions of two pixels and more alone, that is a [P, P] matrix with P = HW.
 
     Args:
-        k: K, the representatives a region.
+        k: K, the representatives a region (no kernel size).
         intra: False takes eqs. 6 and 8 out: A^l = J A, and A^g reaches the representatives alone (R10).
         inter: False takes eq. 7 out: A^g = J A^l (R10).
     Gradient: to A and to the scores of the regions.

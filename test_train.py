@@ -1,0 +1,603 @@
+"""train.py: resuming, processes, models, evaluation, and what it says about mistakes."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import data
+import ranet
+import train
+
+HERE = Path(train.__file__).parent
+TINY = ["--crop", "32", "--batch", "4", "--workers", "0"]
+
+# What a child process runs: few scenes, one thread.
+CHILD = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import torch, data, train, {Path(__file__).stem} as tests
+torch.set_num_threads(1)
+data.Shapes.splits = dict(train=16, val=3, test=3)
+if sys.argv[1] == "--plain":
+    tests.plain(setattr)
+train.main([flag for flag in sys.argv[1:] if flag != "--plain"])
+"""
+
+
+class Norm(nn.BatchNorm2d):
+    """In training it looks at one image at a time, and keeps running statistics all the same."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        with torch.no_grad():
+            super().forward(x)
+        return nn.functional.group_norm(x, 1, self.weight, self.bias)
+
+
+def plain(setattr):
+    """For a comparison of one process with two: no layer that looks at the whole batch or draws numbers, and
+    scenes with unequal shares of ignored pixels."""
+    scene = data.Shapes.__getitem__
+    def partly_ignored(self, i):
+        image, label = scene(self, i)
+        label[:5 * i] = 255
+        return image, label
+    setattr(nn, "BatchNorm2d", Norm)
+    setattr(nn, "Dropout2d", lambda p: nn.Identity())
+    setattr(data.Shapes, "__getitem__", partly_ignored)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    monkeypatch.setattr(data.Shapes, "splits", dict(train=16, val=3, test=3))
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    (tmp_path / "child.py").write_text(CHILD)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(*flags):
+    train.main([str(flag) for flag in flags])
+
+
+def child(*flags, processes=1):
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
+    return subprocess.run([sys.executable, *start, "child.py", *map(str, flags)], timeout=120,
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def fails(*flags):
+    with pytest.raises(SystemExit) as error:
+        run(*flags)
+    message = error.value.code
+    assert isinstance(message, str) and len(message) < 400
+    assert message and "\n" not in message and "Traceback" not in message
+    return message
+
+
+def load(path="out/last.pt"):
+    return torch.load(path, weights_only=True)
+
+
+def log(out="out"):
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+def assert_same(a, b):
+    """Bitwise, whatever the nesting."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A run, and its continuation
+# ---------------------------------------------------------------------------------------------------------
+
+def test_train_writes_what_it_says_and_twice_is_the_same(capsys):
+    run(*TINY, "--steps", 2, "--out", "out")
+    first, metrics = load(), json.loads(Path("out/metrics.json").read_text())
+    assert first["step"] == 2 and first["args"]["k"] == 8 and first["args"]["context"] == "ranet"
+    assert metrics.keys() == {"fine_miou", "coarse_miou", "steps", "context", "data", "backbone", "seed",
+                              "protocol", "pixels", "classes"}
+    assert metrics["classes"].keys() == set(data.Shapes.classes) and metrics["steps"] == 2
+    present = [c["fine"] for c in metrics["classes"].values() if c["fine"] is not None]
+    assert metrics["fine_miou"] == pytest.approx(sum(present) / len(present))
+    assert f"{100 * metrics['fine_miou']:.1f}" in capsys.readouterr().out
+    assert Path("out/overview.png").stat().st_size > 10000
+    line = log()[0]
+    assert line.keys() == {"step", "loss", "fine", "coarse", "boundary", "lr", "regions", "singles", "mean_B",
+                           "mean_J"}
+    assert line["loss"] == pytest.approx(line["fine"] + line["coarse"] + line["boundary"])
+    assert 1 <= line["regions"] <= 64 and 0 <= line["singles"] <= 1 and 0 < line["mean_B"] < 1
+    lr = train.RECIPES["shapes"]["lr"]
+    assert [row["lr"] for row in log()] == pytest.approx([lr, lr / 2])
+    run(*TINY, "--steps", 2, "--out", "out")
+    assert_same(load(), first)
+    assert_same(load("out/previous.pt"), first)
+    assert [row["step"] for row in log()] == [1, 2]
+
+
+def test_train_seed_matters():
+    for seed in (0, 1):
+        run(*TINY, "--steps", 1, "--context", "none", "--seed", seed, "--out", seed)
+    first, second = (load(f"{seed}/last.pt")["model"]["classify.weight"] for seed in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def stop_at(monkeypatch, call):
+    """Ctrl-C while the given step is computed."""
+    calls, loss = [], ranet.ranet_loss
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return loss(*args, **kwargs)
+    monkeypatch.setattr(ranet, "ranet_loss", interrupted)
+
+
+def test_train_resumes_bitwise(monkeypatch):
+    flags = *TINY, "--steps", 6, "--save-every", 2
+    run(*flags, "--out", "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, "--out", "out")
+    assert load()["step"] == 4 and len(log()) == 5      # a log line beyond the checkpoint
+    with open("out/log.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')                   # and half of one
+    assert "--resume" in fails(*flags, "--out", "out") and load()["step"] == 4
+    run("--out", "out", "--resume", "--workers", 1)     # the rest is in the checkpoint
+    assert_same(load(), load("whole/last.pt"))
+    assert log() == log("whole")
+    assert Path("out/metrics.json").read_text() == Path("whole/metrics.json").read_text()
+    run("--out", "out", "--resume", "--workers", 0)     # a finished run: evaluated again, nothing else
+    assert_same(load(), load("whole/last.pt"))
+    assert log() == log("whole")
+
+
+def test_train_resume_without_a_checkpoint_starts():
+    run(*TINY, "--steps", 1, "--context", "none", "--out", "out", "--resume")
+    assert load()["step"] == 1
+
+
+def test_train_survives_kill_9():
+    flags = *TINY, "--steps", 14, "--save-every", 1
+    process = subprocess.Popen([sys.executable, "child.py", *map(str, flags), "--out", "out"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.time() + 60
+    while not (Path("out/log.jsonl").exists() and len(Path("out/log.jsonl").read_text().splitlines()) >= 5):
+        assert time.time() < end and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 4 <= load()["step"] < 14
+    run("--out", "out", "--resume", "--workers", 0)
+    run(*flags, "--out", "whole")
+    assert_same(load(), load("whole/last.pt"))
+    assert log() == log("whole")
+
+
+def test_train_a_full_disk_keeps_the_checkpoint(monkeypatch):
+    flags = *TINY, "--steps", 4, "--save-every", 2, "--out", "out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags)
+    before = Path("out/last.pt").read_bytes()
+    Path("out/last.pt.tmp").symlink_to("/dev/full")
+    message = fails("--out", "out", "--resume", "--workers", 0)
+    assert "could not be written" in message and "step 4" in message
+    assert Path("out/last.pt").read_bytes() == before and not Path("out/last.pt.tmp").is_symlink()
+
+
+def test_train_stops_at_a_loss_that_is_not_finite(monkeypatch):
+    loss = ranet.ranet_loss
+    calls = []
+    def broken(*args, **kwargs):
+        calls.append(1)
+        values = loss(*args, **kwargs)
+        return values._replace(total=values.total / 0) if len(calls) == 4 else values
+    monkeypatch.setattr(ranet, "ranet_loss", broken)
+    message = fails(*TINY, "--steps", 6, "--save-every", 1, "--out", "out")
+    assert "step 3" in message and "inf" in message
+    assert load()["step"] == 3 and [row["step"] for row in log()] == [1, 2, 3]
+
+
+def test_train_never_saves_weights_that_are_not_finite():
+    message = fails(*TINY, "--steps", 6, "--save-every", 1, "--out", "out", "--lr", "1e38")
+    assert message.startswith("training stopped at step") and not Path("out/last.pt.tmp").exists()
+    if Path("out/last.pt").exists():
+        assert all(x.isfinite().all() for x in load()["model"].values())
+
+
+def test_train_names_the_step_of_features_that_are_not_finite(monkeypatch):
+    build = train.build
+    def broken(*args):
+        model = build(*args)
+        nn.init.constant_(model.reduce[1].bias, math.nan)
+        return model
+    monkeypatch.setattr(train, "build", broken)
+    message = fails(*TINY, "--steps", 6, "--out", "out")
+    assert message.startswith("training stopped at step 0: B: expected scores")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------
+
+def test_train_two_processes_are_one(monkeypatch):
+    plain(monkeypatch.setattr)
+    flags = *TINY, "--steps", 5
+    run(*flags, "--out", "one")
+    result = child("--plain", *flags, "--out", "two", processes=2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    one, two = load("one/last.pt"), load("two/last.pt")
+    for key in one["model"]:
+        if "running" not in key:
+            torch.testing.assert_close(two["model"][key], one["model"][key], rtol=0, atol=1e-5)
+    for a, b in zip(log("one"), log("two"), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+    run("--eval", "two/last.pt", "--workers", 0)        # at the end, two processes shared the three images
+    alone, shared = (json.loads(Path("two", f"{name}.json").read_text()) for name in ("eval-val", "metrics"))
+    assert all(alone[key] == shared[key] for key in alone) and "3 images" in alone["protocol"]
+
+
+def test_train_mistakes_are_said_once_and_without_a_traceback():
+    result = child(*TINY, "--batch", 3, "--steps", 2, "--out", "out", processes=2)
+    assert result.returncode and result.stderr.count("--batch 3 does not split over 2 processes") == 1
+    assert not Path("out").exists()
+    result = child("--predict", "missing.pt", "a.png")
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", "missing.pt: no such file\n")
+
+
+def test_train_order_is_one_permutation_an_epoch():
+    args = train.parse(["--batch", "4", "--steps", "12", "--seed", "3"])
+    whole = list(train.order(10, args, 0, 0, 1))
+    indices = [i for batch in whole for i, _ in batch]
+    assert all(sorted(indices[a:a + 10]) == list(range(10)) for a in (0, 10, 20, 30))
+    assert indices[:10] != indices[10:20]
+    assert len({seed for batch in whole for _, seed in batch}) == 48
+    assert list(train.order(10, args, 7, 0, 1)) == whole[7:]
+    split = zip(train.order(10, args, 0, 0, 2), train.order(10, args, 0, 1, 2))
+    assert [sorted(a + b) for a, b in split] == [sorted(batch) for batch in whole]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------
+
+VARIANTS = [["--context", "none"], ["--context", "spp"], ["--context", "nonlocal"], ["--cues", "boundary"],
+            ["--cues", "semantic"], ["--no-intra"], ["--no-inter"], ["--no-intra", "--no-inter"],
+            ["--k", "1"], ["--amp"]]
+
+
+@pytest.mark.parametrize("flags", VARIANTS, ids=" ".join)
+def test_train_every_variant_takes_two_steps(flags, monkeypatch):
+    monkeypatch.setattr(data.Shapes, "splits", dict(train=16, val=1, test=1))
+    models, build = [], train.build
+    monkeypatch.setattr(train, "build", lambda *args: models.append(build(*args)) or models[-1])
+    run(*TINY, *flags, "--steps", 2, "--batch", 1, "--crop", 64, "--out", "out")    # BatchNorm with one image
+    assert [n for n, p in models[0].named_parameters() if p.grad is None] == []
+    run("--eval", "out/last.pt", "--workers", 0)        # rebuilt from the checkpoint alone
+    result, metrics = (json.loads(Path(f"out/{name}.json").read_text()) for name in ("eval-val", "metrics"))
+    assert result["classes"] == metrics["classes"] and result["steps"] == 2
+
+
+def test_train_contexts_are_different():
+    torch.manual_seed(0)
+    A = torch.rand(2, 8, 7, 5)                                  # [b, M, H, W]
+    assert not train.NoContext()(A).any()
+    spp, nonlocal_ = train.PyramidPooling(8), train.NonLocal(8)
+    assert spp(A).shape == nonlocal_(A).shape == A.shape
+    query, key, value = nonlocal_.embed(A).flatten(2).mT.chunk(3, 2)
+    O = nonlocal_.out(((query @ key.mT).softmax(2) @ value).mT.reshape(2, 4, 7, 5))
+    torch.testing.assert_close(nonlocal_(A), O)
+    pooled = spp.branches[0](A.mean((2, 3), keepdim=True)).relu().expand(2, 2, 7, 5)
+    torch.testing.assert_close(spp(A)[:, :2], pooled)
+
+
+@pytest.mark.parametrize("name, channels", [("resnet101", 2048), ("hrnet_w48", 512), ("vgg11", 512)])
+def test_train_backbones(name, channels):
+    backbone, found = train.make_backbone(name, "none")
+    features = backbone.train()(torch.rand(1, 3, 64, 64 if name == "vgg11" else 57))    # batch 1
+    assert found == channels and features.shape == (1, channels, 8, 8)
+    features.square().sum().backward()
+    assert [n for n, p in backbone.named_parameters() if p.grad is None] == []
+
+
+def test_train_takes_backbone_weights_from_a_file():
+    import timm
+    net = timm.create_model("resnet18", num_classes=3)
+    torch.save(net.state_dict(), "resnet18.pth")
+    backbone, _ = train.make_backbone("resnet18", "resnet18.pth")
+    assert torch.equal(backbone.net.layer4[1].conv2.weight, net.layer4[1].conv2.weight)
+    torch.save({"a": torch.ones(1)}, "other.pth")
+    assert "other.pth has no conv1.weight" in fails("--backbone", "resnet18", "--weights", "other.pth")
+    Path("text.pth").write_text("no weights")
+    assert "could not be loaded" in fails("--backbone", "resnet18", "--weights", "text.pth")
+
+
+def test_train_says_when_weights_cannot_be_fetched(monkeypatch):
+    import timm
+    def offline(*args, **kwargs):
+        if kwargs.get("pretrained"):
+            raise OSError("no connection")
+        return create(*args, **kwargs)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", offline)
+    message = fails("--backbone", "resnet18", "--steps", 1)
+    assert "no connection" in message and "--weights none" in message
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Evaluation and prediction
+# ---------------------------------------------------------------------------------------------------------
+
+def test_train_iou_by_hand():
+    label = torch.tensor([[0, 0, 1, 255], [1, 1, 3, 255]])
+    prediction = torch.tensor([[0, 1, 1, 0], [1, 3, 3, 2]])
+    matrix = train.confusion(label.byte(), prediction, 4)
+    assert matrix.sum() == 6 and matrix[1, 3] == 1 and matrix.dtype == torch.int64
+    scores = train.iou(matrix)
+    assert scores[:2].tolist() == [1 / 2, 2 / 4] and scores[3] == 1 / 2
+    assert scores[2].isnan() and scores.nanmean() == 0.5    # class 2: predicted where ignored
+    wrong = train.iou(train.confusion(label.byte(), torch.full_like(label, 2), 4))
+    assert wrong.tolist() == [0, 0, 0, 0]                       # predicted but never labelled counts as 0
+
+
+class Pointwise(nn.Module):
+    """Looks at one pixel at a time, so windows cannot matter."""
+
+    def forward(self, images):
+        fine = torch.cat((images, images.square()), 1)          # [b, 6, h, w]
+        return ranet.Output(fine, -fine, fine[:, 0], None)
+
+
+class Painted(nn.Module):
+    """Fine: class 1 where red is bright, else 0; coarse: 0 everywhere."""
+
+    def forward(self, images):
+        red = images[:, 0]                                      # [b, h, w]
+        never = torch.full_like(red, -9)
+        fine = torch.stack((-red, red, never, never), 1)        # [b, 4, h, w]
+        coarse = torch.zeros_like(fine)                         # [b, 4, h, w]
+        coarse[:, 0] = 1
+        return ranet.Output(fine, coarse, red, None)
+
+
+class Four(list):
+    classes = ["dark", "red", "absent", "unseen"]
+
+
+def test_train_evaluation_by_hand():
+    bright = torch.tensor([[0, 255, 255], [0, 255, 0]], dtype=torch.uint8)          # [h, w]
+    label = torch.tensor([[0, 1, 3], [1, 255, 255]], dtype=torch.uint8)             # [h, w]
+    image = bright.expand(3, -1, -1)                            # [3, h, w]
+    images = Four([(image, label), (image, torch.full_like(label, 255))])
+    args = train.parse(["--eval", "x", "--crop", "2", "--workers", "0"])
+    args.amp, args.data, args.context, args.backbone = False, "four", "none", "painted"
+    result = train.evaluate(Painted(), images, args, 0, 1, torch.device("cpu"))
+    # fine: dark 1 right, 1 wrong (from red); red 1 right, 1 missed, 1 wrong (from unseen); unseen 1 missed.
+    assert [c["fine"] for c in result["classes"].values()] == [1 / 2, 1 / 3, None, 0]
+    assert [c["coarse"] for c in result["classes"].values()] == [1 / 4, 0, None, 0]
+    assert result["fine_miou"] == pytest.approx((1 / 2 + 1 / 3) / 3)
+    assert result["coarse_miou"] == pytest.approx(1 / 12) and result["pixels"] == 4
+    assert "four val, 2 images, 4 classes; windows of 2, stride 2" in result["protocol"]
+    nothing = train.evaluate(Painted(), Four(images[1:]), args, 0, 1, torch.device("cpu"))
+    assert nothing["fine_miou"] is None
+    train.report(nothing)
+
+
+@pytest.mark.parametrize("h, w, crop", [(20, 33, 8), (7, 30, 9), (16, 16, 16), (5, 4, 9), (21, 22, 1),
+                                        (20, 12, 11)])
+def test_train_windows_cover_the_image(h, w, crop):
+    image = torch.rand(1, 3, h, w)
+    whole = Pointwise()(image)
+    found = train.slide(Pointwise(), image, crop)
+    torch.testing.assert_close(found, torch.cat((whole.fine, whole.coarse)))
+    windows, model = [], Pointwise()
+    model.register_forward_pre_hook(lambda _, images: windows.append(images[0].shape[2:]))
+    train.slide(model, image, crop)
+    assert set(windows) == {(min(h, crop), min(w, crop))}       # windows shrink to the image, never pad it
+    stride = math.ceil(crop * 2 / 3)
+    assert len(windows) == math.prod(math.ceil(max(size - crop, 0) / stride) + 1 for size in (h, w))
+
+
+def test_train_scales_and_mirrors_are_averaged():
+    torch.manual_seed(0)
+    image = torch.rand(3, 12, 10)
+    args = train.parse(["--eval", "x", "--crop", "8"])
+    plain = train.segment(Pointwise(), image, args)
+    torch.testing.assert_close(plain.sum(1), torch.ones(2, 12, 10))
+    args.flip = True
+    torch.testing.assert_close(train.segment(Pointwise(), image, args), plain)
+    args.scales = [1.0, 0.5]
+    both = train.segment(Pointwise(), image, args)
+    args.scales = [0.5]
+    torch.testing.assert_close((plain + train.segment(Pointwise(), image, args)) / 2, both)
+
+
+def test_train_evaluation_leaves_out_ignored_pixels(monkeypatch):
+    run(*TINY, "--steps", 1, "--context", "none", "--out", "out")
+    scene = data.Shapes.__getitem__
+    def ignored(self, i):
+        image, label = scene(self, i)
+        label[label == 0] = 255
+        return image, label
+    monkeypatch.setattr(data.Shapes, "__getitem__", ignored)
+    seen, confusion = [], train.confusion
+    monkeypatch.setattr(train, "confusion", lambda *a: seen.append(confusion(*a)) or seen[-1])
+    run("--eval", "out/last.pt", "--workers", 0, "--split", "test")
+    assert len(seen) == 6 and all(matrix[0].sum() == 0 for matrix in seen)
+
+
+def test_train_predicts_pictures(capsys):
+    run(*TINY, "--steps", 1, "--out", "out")
+    image = data.load("shapes", split="test")[0][0]
+    picture = train.as_picture(image[:, :50])                  # not square
+    picture.save("a.png")
+    picture.convert("L").save("grey.jpg")
+    run("--predict", "out/last.pt", "a.png", "grey.jpg", "--out", "results", "--flip")
+    for name in ("a", "grey"):
+        mask, overlay = (Image.open(f"results/{name}_{kind}.png") for kind in ("mask", "overlay"))
+        assert mask.size == overlay.size == (image.shape[2], 50)
+        assert {colour for _, colour in mask.getcolors()} <= set(data.Shapes.palette)
+    assert "results/a_mask.png" in capsys.readouterr().out
+    Path("b.png").write_bytes(b"no picture")
+    assert "b.png" in fails("--predict", "out/last.pt", "b.png")
+    assert "same name" in fails("--predict", "out/last.pt", "a.png", "other/a.jpg")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Mistakes: one line each
+# ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, part", [
+    (["--steps", "0"], "--steps"), (["--nonsense"], "--nonsense"), (["--context", "other"], "--context"),
+    (["--lr", "nan"], "--lr"), (["--seed", "-1"], "--seed"), (["--workers", "-1"], "--workers"),
+    (["--context", "none", "--k", "3"], "--k"), (["--context", "nonlocal", "--cues", "both"], "--cues"),
+    (["--context", "spp", "--no-inter"], "--no-inter"), (["--predict", "x.pt"], "pictures"),
+    (["--eval", "x", "--steps", "3"], "--steps"), (["--eval", "x", "--predict", "x", "a.png"], "--predict"),
+    (["--flip"], "--flip"), (["--split", "val"], "--split"),
+    (["--predict", "x.pt", "a.png", "--data", "shapes"], "--data"),
+    (["--gpus", "4000"], "--gpus 4000"), (["--backbone", "resnet9999"], "resnet9999"),
+    (["--backbone", "small", "--weights", "imagenet"], "small"),
+    (["--backbone", "resnet18", "--weights", "missing.pth"], "missing.pth"),
+    (["--backbone", "vit_tiny_patch16_224", "--weights", "none"], "vit_tiny_patch16_224"),
+    (["--data", "cityscapes"], "root"), (["--data", "other"], "other"),
+    (["--root", "x"], "root"), (["--num-classes", "60"], "num_classes"), (["--coarse"], "coarse"),
+    (["--eval", "missing.pt"], "missing.pt"), (["--eval", "."], "checkpoint"),
+    (["--eval", "child.py"], "child.py"),
+], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_train_mistakes_take_one_line(flags, part):
+    assert part in fails(*flags)
+    assert os.listdir() == ["child.py"]
+
+
+def test_train_missing_data_shows_the_folders_expected():
+    with pytest.raises(SystemExit, match="(?s)^missing: nowhere.*Expected.*gtFine") as error:
+        run("--data", "cityscapes", "--root", "nowhere")
+    assert "Traceback" not in error.value.code
+
+
+def test_train_checkpoints_that_do_not_fit():
+    run(*TINY, "--steps", 1, "--context", "none", "--out", "out")
+    before = Path("out/last.pt").read_bytes()
+    assert "--steps" in fails("--out", "out", "--resume", "--steps", 2)
+    assert "--context" in fails("--out", "out", "--resume", "--context", "spp")
+    assert "--context" in fails("--eval", "out/last.pt", "--context", "ranet")
+    assert "other settings (--steps)" in fails(*TINY, "--steps", 3, "--context", "none", "--out", "out")
+    checkpoint = load()
+    torch.save({**checkpoint, "classes": ["a", "b"]}, "classes.pt")
+    assert "2 classes" in fails("--eval", "classes.pt")
+    torch.save({**checkpoint, "args": {**checkpoint["args"], "context": "spp"}}, "context.pt")
+    assert "another model" in fails("--eval", "context.pt")
+    torch.save(checkpoint["model"], "weights.pt")
+    assert "weights.pt" in fails("--eval", "weights.pt")
+    Path("half.pt").write_bytes(before[:len(before) // 2])
+    assert "half.pt" in fails("--predict", "half.pt", "a.png")
+    assert Path("out/last.pt").read_bytes() == before
+
+
+def test_train_gpus_is_torchrun(monkeypatch):
+    calls = []
+    def execv(program, argv):
+        calls.append(argv)
+        raise SystemExit(0)             # the real one does not return
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit):
+        run("--predict", "last.pt", "a.png", "b.png", "--gpus", 2)
+    at = calls[0].index(train.__file__)
+    assert calls[0][1:at] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    monkeypatch.setenv("RANK", "0")     # what each of the processes then parses
+    assert train.parse(calls[0][at + 1:]).predict == ["last.pt", "a.png", "b.png"]
+    with pytest.raises(SystemExit, match="torchrun"):
+        train.parse(["--gpus", "1"])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------
+
+def make_folder(root, pictures=4, size=40):
+    """A data set of two classes, the picture's left and right half, with an ignored row."""
+    root.mkdir()
+    (root / "classes.txt").write_text("left\nright\n")
+    label = torch.zeros(size, size, dtype=torch.uint8)          # [h, w]
+    label[:, size // 2:] = 1
+    label[0] = 255
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (root / split / kind).mkdir(parents=True)
+        for i in range(pictures):
+            image = torch.rand(3, size, size) * 100 + 100 * (label == 1)    # [3, h, w]
+            train.as_picture(image.byte()).save(root / split / "images" / f"{i}.png")
+            Image.fromarray(label.numpy()).save(root / split / "labels" / f"{i}.png")
+
+
+FOLDER = "--data", "folder", "--root", "folder", "--backbone", "small", "--batch", 2, "--crop", 32
+
+
+def test_train_learns_a_folder(tmp_path):
+    make_folder(tmp_path / "folder")
+    run(*FOLDER, "--steps", 12, "--lr", 0.05, "--workers", 1, "--out", "out")
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    assert metrics["classes"].keys() == {"left", "right"} and log()[-1]["loss"] < log()[0]["loss"]
+
+
+@pytest.mark.parametrize("broken, workers",
+                         [("image", 0), ("image", 1), ("label", 0), ("size", 0), ("class", 0)])
+def test_train_names_a_broken_file(tmp_path, broken, workers):
+    make_folder(tmp_path / "folder")
+    image, label = (tmp_path / "folder" / "train" / kind / "2.png" for kind in ("images", "labels"))
+    if broken == "image":
+        image.write_bytes(image.read_bytes()[:100])
+    elif broken == "label":
+        label.write_bytes(b"")
+    elif broken == "size":
+        Image.new("L", (30, 40)).save(label)
+    else:
+        Image.new("L", (40, 40), 2).save(label)
+    assert "2.png" in fails(*FOLDER, "--steps", 4, "--workers", workers, "--out", "out")
+
+
+def test_train_writes_cityscapes_label_ids(tmp_path):
+    for split in ("train", "val", "test"):
+        for kind, suffix in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+            folder = tmp_path / "cityscapes" / kind / split / "ulm"
+            folder.mkdir(parents=True)
+            for i in range(3):
+                mode, colour = ("RGB", (90, 80, 40 * i)) if kind == "leftImg8bit" else ("L", 7)
+                Image.new(mode, (64, 32), colour).save(folder / f"ulm_00000{i}_000019_{suffix}.png")
+    run("--data", "cityscapes", "--root", "cityscapes", "--backbone", "small", "--steps", 1, "--batch", 2,
+        "--crop", 32, "--context", "none", "--workers", 0, "--out", "out")
+    run("--eval", "out/last.pt", "--split", "test", "--workers", 0)
+    names = sorted(os.listdir("out/cityscapes-test"))
+    assert len(names) == 3 and all(name.startswith(f"ulm_00000{i}_000019") for i, name in enumerate(names))
+    ids = Image.open(f"out/cityscapes-test/{names[0]}")
+    assert ids.mode == "L" and ids.size == (64, 32)
+    assert {value for _, value in ids.getcolors()} <= {7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33}
