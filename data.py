@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_to_tensor
 
 IGNORE = 255
@@ -255,7 +255,11 @@ def read_image(path: str | Path) -> Tensor:
     """uint8 [3, h, w], grey and palette pictures as RGB. Raises DataError for an unreadable or cut-off file."""
     try:
         with Image.open(path) as picture:
+            if picture.mode[0] in "IF":     # Pillow would clip it to 255
+                raise DataError(f"{path} has pixels of type {picture.mode}, expected 8 bits a channel")
             return pil_to_tensor(picture.convert("RGB"))        # [3, h, w]
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"missing: {path}") from None
     except (OSError, SyntaxError, ValueError) as error:
@@ -266,26 +270,31 @@ def read_ids(path: str | Path) -> np.ndarray:
     """int32 [h, w] of an 8-bit label with one channel; of a palette picture, the indices."""
     try:
         with Image.open(path) as picture:
+            packed = picture.mode == "L" and "L" not in picture.tile[0][3:]     # Pillow stretches L;1, L;2, L;4
             picture.load()
     except FileNotFoundError:
         raise DataError(f"missing: {path}") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path} is no readable picture: {error}") from None
-    if picture.mode not in ("L", "P"):
-        raise DataError(f"{path} has pixels of type {picture.mode}, expected 8-bit ids in one channel")
+    if packed or picture.mode not in ("L", "P"):
+        kind = "grey of less than 8 bits" if packed else picture.mode
+        raise DataError(f"{path} has pixels of type {kind}, expected 8-bit ids in one channel")
     return np.asarray(picture).astype(np.int32)                 # [h, w]
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:
     """int32 [h, w]: a matrix in a MATLAB file. scipy hands it back in whatever type lies on the disk."""
     try:
-        return np.asarray(scipy.io.loadmat(path, variable_names=[key])[key]).astype(np.int32)
+        ids = np.asarray(scipy.io.loadmat(path, variable_names=[key])[key]).astype(np.int32)
     except FileNotFoundError:
         raise DataError(f"missing: {path}") from None
     except KeyError:
         raise DataError(f"{path} holds no {key}, the label map") from None
     except Exception as error:      # scipy raises whatever the broken bytes lead to
         raise DataError(f"{path} is no readable MATLAB file: {error}") from None
+    if ids.ndim != 2:
+        raise DataError(f"{path} holds {key} of shape {ids.shape}, expected a matrix")
+    return ids                                                  # [h, w]
 
 
 def id_table(classes: dict[int, int], ignored: tuple[int, ...] = (IGNORE,)) -> np.ndarray:
@@ -303,7 +312,7 @@ def distinct_colours(n: int) -> list[tuple[int, int, int]]:
 
 
 def read_lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
 # labelId, name and colour of the 19 classes, in the order of their train ids.
@@ -365,6 +374,8 @@ class Cityscapes(Files):
 
 def cityscapes_label_ids(prediction: Tensor) -> Tensor:
     """Classes 0..18 to the labelIds that the evaluation server takes; uint8, of the same shape."""
+    if prediction.numel() and not 0 <= prediction.min() <= prediction.max() <= 18:
+        raise DataError(f"classes {int(prediction.min())}..{int(prediction.max())}, expected 0..18")
     return torch.tensor([id_ for id_, _, _ in CITYSCAPES], dtype=torch.uint8)[prediction.long().cpu()]
 
 
@@ -503,14 +514,17 @@ class Folder(Files):
         self.need_split(split, "train", "val", "test")
         root = Path(root)
         self.classes = read_lines(self.need(root / "classes.txt"))
-        if not 0 < len(self.classes) < IGNORE:
-            raise DataError(f"{root / 'classes.txt'} names {len(self.classes)} classes, expected 1 to 254")
+        if not 0 < len(self.classes) < IGNORE or len(set(self.classes)) < len(self.classes):
+            raise DataError(f"{root / 'classes.txt'} names {len(self.classes)} classes, expected 1 to 254, each once")
         self.palette = distinct_colours(len(self.classes))
         self.table = id_table({n: n for n in range(len(self.classes))})
         images, labels = self.need(root / split / "images"), root / split / "labels"
         found = sorted(path for path in images.iterdir() if path.suffix.lower() in PICTURES)
         if not found:
             raise DataError(f"no pictures ({', '.join(PICTURES)}) in {images}")
+        for a, b in zip(found, found[1:]):
+            if a.stem == b.stem:        # one label, and one name for the prediction
+                raise DataError(f"{a} and {b.name}: two images of one name")
         self.files = [(path, labels / f"{path.stem}.png" if labels.exists() else None) for path in found]
         for image, label in self.files:
             if label and not label.exists():
@@ -546,12 +560,14 @@ def augment(image: Tensor, label: Tensor, seed: int, crop: int, scale: tuple[flo
     probability `flip`, and adds one whole number from -brightness to brightness to all channels.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)                           # torch.manual_seed reseeds GPUs too
         factor = torch.empty(()).uniform_(*scale).item()
         size = [max(1, round(s * factor)) for s in label.shape]
         pad = [0, 0, max(0, crop - size[1]), max(0, crop - size[0])]        # right and below
+        image = v2.functional.resize(image.as_subclass(Tensor), size, antialias=True)       # [3, *size]
+        # As a picture: v2's own "nearest" for masks lies up to half a pixel beside the image.
+        label = v2.functional.resize(label.as_subclass(Tensor)[None], size, InterpolationMode.NEAREST_EXACT)[0]
         joint = v2.Compose([
-            v2.Resize(size, antialias=True),                                # the label by nearest neighbour
             v2.Pad(pad, fill={tv_tensors.Image: [round(255 * m) for m in MEAN], tv_tensors.Mask: IGNORE}),
             v2.RandomCrop(crop), v2.RandomHorizontalFlip(flip)])
         image, label = joint(tv_tensors.Image(image), tv_tensors.Mask(label))

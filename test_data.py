@@ -1,5 +1,6 @@
 """Does every data set give the labels its format means? On small files in the exact real layouts; each kind of
 broken file; the augmentation; the boundary masks and the generated scenes against what they promise."""
+import struct
 import subprocess
 import sys
 import zlib
@@ -270,3 +271,78 @@ def test_data_shapes_need_a_far_lamp():
             iou.append((1 - p) * counts[night] / (counts[night] + (1 - p) * counts[day]))
         best = max(best, np.mean(iou))
     assert 0.58 < best < 0.66
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What decoders and resizers do behind one's back
+# ---------------------------------------------------------------------------------------------------------
+
+def packed_png(path, bits, colour, row, width):
+    """A PNG of one row of less than 8 bits a pixel, which Pillow does not write."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" + row)),
+             (b"IEND", b"")]
+    if colour == 3:
+        parts.insert(1, (b"PLTE", bytes(range(48))))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+    return path
+
+
+@pytest.mark.parametrize("bits, row", [(1, b"\x30"), (2, b"\x03"), (4, b"\x01\x0f")])
+def test_data_packed_grey_labels_are_refused(tmp_path, bits, row):
+    # Pillow stretches 4-bit ids 0, 1, 15 to 0, 17, 255, the last of which would pass for "ignored"
+    with pytest.raises(data.DataError, match="packed.png.*8-bit"):
+        data.read_ids(packed_png(tmp_path / "packed.png", bits, 0, row, 4))
+
+
+def test_data_packed_palette_labels_are_indices(tmp_path):
+    assert data.read_ids(packed_png(tmp_path / "p.png", 4, 3, b"\x01\x0f", 4)).tolist() == [[0, 1, 0, 15]]
+
+
+def test_data_images_of_16_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((3, 4), 5000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(data.DataError, match="deep.png.*8 bits"):       # else all white
+        data.read_image(tmp_path / "deep.png")
+
+
+def test_data_folder_wants_unique_names(tmp_path):
+    (tmp_path / "val" / "images").mkdir(parents=True)
+    for end in ("jpg", "png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "val" / "images" / f"a.{end}")
+    (tmp_path / "classes.txt").write_text("\ufeffroad\nsky\n", encoding="utf-8")
+    with pytest.raises(data.DataError, match="a.jpg and a.png"):
+        data.load("folder", tmp_path, "val")
+    (tmp_path / "val" / "images" / "a.png").unlink()
+    assert data.load("folder", tmp_path, "val").classes == ["road", "sky"]     # without the byte order mark
+    (tmp_path / "classes.txt").write_text("road\nroad\n")
+    with pytest.raises(data.DataError, match="classes.txt.*once"):
+        data.load("folder", tmp_path, "val")
+
+
+def test_data_mat_must_hold_a_matrix(tmp_path):
+    scipy.io.savemat(tmp_path / "s.mat", {"S": np.ones((2, 3, 3))})
+    with pytest.raises(data.DataError, match="s.mat.*matrix"):
+        data.read_mat(tmp_path / "s.mat", "S")
+
+
+@pytest.mark.parametrize("value", [-1, 19, 255])
+def test_data_server_ids_exist_for_19_classes_only(value):
+    with pytest.raises(data.DataError, match="0..18"):
+        data.cityscapes_label_ids(torch.tensor([[0, value]]))
+
+
+def test_data_augment_leaves_the_gpus_alone(monkeypatch):
+    def refuse(seed):
+        raise AssertionError("augment reseeds every GPU, and with it dropout")
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    data.augment(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(8, 8, dtype=torch.uint8), 0, 8)
+
+
+@pytest.mark.parametrize("factor", [0.6, 0.7, 1.3, 1.9])
+def test_data_augment_resizes_label_and_image_about_the_same_point(factor):
+    # on a ramp of classes, painted in grey of the same number; "nearest" lags by up to half a pixel
+    label = torch.arange(100, dtype=torch.uint8).expand(100, 100)
+    image, label = data.augment(label.expand(3, 100, 100), label, 0, round(100 * factor), (factor, factor), 0, 0)
+    lag = (image[0].float() - label.float())[:, 3:-3].mean()
+    assert abs(lag) < 0.1
