@@ -472,10 +472,10 @@ def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str) ->
     else:
         _walk_lines(buffers, B, max(H, W))
     labels, J = [], []
-    for F, C in zip(buffers, C.flatten(2)):                     # [HW, HW], [N, HW]
+    for F, c in zip(buffers, C.flatten(2)):                     # [HW, HW], [N, HW]
         for a in range(0, n, 64):                               # 64 rows stay in the processor's cache
             b = min(a + 64, n)
-            E = 0 if cues == "boundary" else _pair_divergence(C[:, a:b], C[:, a:]).clamp_(0, 1)
+            E = 0 if cues == "boundary" else _pair_divergence(c[:, a:b], c[:, a:]).clamp_(0, 1)
             F[a:b, a:] = (1 - F[a:b, a:]) * (1 - E)             # [rows, HW - a]
             F[a:b, a:b] = F[a:b, a:b].triu() + F[a:b, a:b].triu(1).T    # up to here only i <= j is filled
             F[b:, a:b] = F[a:b, b:].T
