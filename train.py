@@ -694,7 +694,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.gpus and "RANK" in os.environ:
         sys.exit("--gpus starts its own processes: leave it out under torchrun")
     if args.gpus and args.gpus > torch.cuda.device_count():
-        sys.exit(f"--gpus {args.gpus}: this machine shows {torch.cuda.device_count()}")
+        sys.exit(f"--gpus {args.gpus}: this machine shows {torch.cuda.device_count()} GPUs")
     args.split, args.scales = args.split or "val", args.scales or [1.0]
     args.save_every = args.save_every or 500
     return args
