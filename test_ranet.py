@@ -791,6 +791,7 @@ def bad_inputs():
         ("E", lambda: r.region_attention(pairs, pairs[:3, :3])), ("E", lambda: r.region_attention(pairs, -pairs)),
         ("F", lambda: r.regularize(2 * pairs + 1, kernel, (3, 4))), ("Wg", lambda: r.regularize(pairs, 2 * kernel, (3, 4))),
         ("Wg", lambda: r.regularize(pairs, kernel[:2, :2], (3, 4))), ("size", lambda: r.regularize(pairs, kernel, (4, 4))),
+        ("size", lambda: r.regularize(pairs, kernel, 12)), ("labels", lambda: r.representative_score(pairs, labels * 10 ** 12)),
         ("Fg", lambda: r.region_decision(pairs[:3])), ("threshold", lambda: r.region_decision(pairs, 2)),
         ("G", lambda: r.connected_regions(pairs)), ("G", lambda: r.connected_regions((pairs > 0).triu())),
         ("Fg", lambda: r.representative_score(B, labels)), ("labels", lambda: r.representative_score(pairs, labels[:3])),

@@ -88,8 +88,8 @@ def thin_walls() -> None:
 
 def size_of_O(labels: list[Tensor], N: int) -> None:
     size = 23, 30
-    print(f"\nR8, R14. Eq. 7's sum and |O| at {size[0]} x {size[1]}, A = relu(noise) / 10 of 512 channels (means over the maps):\n")
-    print("| threshold | Q | share of the other representatives that are alone in their region | |O| / |A| |\n|---|---|---|---|")
+    print(f"\nR8, R14. Single pixels and |O| at {size[0]} x {size[1]}, A = relu(noise) / 10 of 512 channels (means over the maps):\n")
+    print("| threshold | Q | regions of a single pixel | norm of O / norm of A |\n|---|---|---|---|")
     for threshold in (0.3, 0.5, 0.65, 0.8, 0.9):
         rows = []
         for seed, label in enumerate(labels):
@@ -100,7 +100,7 @@ def size_of_O(labels: list[Tensor], N: int) -> None:
             count = regions.labels.flatten().bincount()
             rows.append((len(count), (count == 1).sum() / len(count), O.norm() / A.norm()))
         Q, alone, ratio = torch.tensor(rows).mean(0).tolist()
-        print(f"| {threshold} | {Q:.0f} | {alone:.0%} of the sources s | {ratio:.0f} |")
+        print(f"| {threshold} | {Q:.0f} | {alone:.0%} | {ratio:.0f} |")
 
 
 def boundary_target(labels: list[Tensor]) -> None:
