@@ -93,8 +93,9 @@ def _on_line(B: Tensor, i: Tensor, j: Tensor, step: Tensor) -> Tensor:
     rest = step * (dy + dx) - L * (down + right)                # and L-ths of one, along the shorter axis
     near = (y + down) * W + x + right
     far = near + (rest > 0) * torch.where(dy.abs() < L, W, 1)
-    scores = B.reshape(-1)                                      # [HW]
-    return scores[near] + rest.to(B.dtype) / L * (scores[far] - scores[near])
+    # Not B[near]: on several threads the gradient of that adds up in another order every time.
+    near, far = (B.reshape(-1).index_select(0, k.reshape(-1)).view(k.shape) for k in (near, far))
+    return near + rest.to(B.dtype) / L * (far - near)
 
 
 def semantic_divergence(C: Tensor) -> Tensor:

@@ -612,6 +612,17 @@ def test_rcb_sharp_probabilities_keep_gradients_finite():
             assert x.grad.isfinite().all()
 
 
+def test_rcb_gradients_are_the_same_every_time_on_several_threads():
+    B, C, _ = random_map(24, 24, high=0.1, dtype=torch.float32)
+    B, C = B[None].requires_grad_(), (C[None] + 9) / (9 * len(C) + 1)
+    torch.set_num_threads(2)
+    try:
+        seen = {torch.autograd.grad(ranet.RCB()(B, C).scores.square().sum(), B)[0].numpy().tobytes() for _ in range(6)}
+    finally:
+        torch.set_num_threads(1)
+    assert len(seen) == 1, "a run that resumes would end elsewhere"
+
+
 def test_rcb_keeps_nothing_without_gradients():
     B, C, A = random_map(5, 6)
     with torch.no_grad():
