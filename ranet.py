@@ -591,7 +591,7 @@ def _block_scores(B, C, Wg, rows, order, labels, size, steps, cues):
     at = at + (labels[members] - low) * len(cols)
     M = Wg.new_zeros((int(high - low) + 1) * len(cols))
     M = M.scatter_add(0, at.flatten(), Wg.reshape(-1, 1).expand_as(at).flatten())   # over a region's pixels
-    M = M.view(-1, len(cols))[region - low]                     # [rows, cols]
+    M = M.view(-1, len(cols)).index_select(0, region - low)     # [rows, cols]
     D = E = 0
     if cues != "semantic":
         step = steps[torch.minimum(rows[:, None], cols), torch.maximum(rows[:, None], cols)]
