@@ -64,11 +64,16 @@ def load(name: str, root: str | Path | None = None, split: str = "train", *, num
         raise DataError(f"coarse is a choice of cityscapes, not of {name}")
     if name == "shapes":
         return Shapes(split, seed)
-    if name == "cityscapes":
-        return Cityscapes(root, split, coarse)
+    options = dict(coarse=coarse) if name == "cityscapes" else {}
     if name == "pascal_context":
-        return PascalContext(root, split, 59 if num_classes is None else num_classes)
-    return sets[name](root, split)
+        options["num_classes"] = 59 if num_classes is None else num_classes
+    files = sets[name](root, split, **options)
+    for image, label in files.files:        # now, not after hours of training
+        if not image.exists():
+            raise DataError(f"missing: {image}")
+        if label and not label.exists():
+            raise DataError(f"missing: {label}, the label of {image}")
+    return files
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -364,8 +369,6 @@ class Cityscapes(Files):
             if stem == "troisdorf_000000_000073":
                 continue
             label = labels and labels / image.parent.name / f"{stem}_{kind}_labelIds.png"
-            if label and not label.exists():
-                raise DataError(f"missing: {label}, the label of {image}")
             self.files.append((image, label))
 
     def name(self, i: int) -> str:
@@ -526,9 +529,6 @@ class Folder(Files):
             if a.stem == b.stem:        # one label, and one name for the prediction
                 raise DataError(f"{a} and {b.name}: two images of one name")
         self.files = [(path, labels / f"{path.stem}.png" if labels.exists() else None) for path in found]
-        for image, label in self.files:
-            if label and not label.exists():
-                raise DataError(f"missing: {label}, the label of {image}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -563,13 +563,11 @@ def augment(image: Tensor, label: Tensor, seed: int, crop: int, scale: tuple[flo
         torch.default_generator.manual_seed(seed)                           # torch.manual_seed reseeds GPUs too
         factor = torch.empty(()).uniform_(*scale).item()
         size = [max(1, round(s * factor)) for s in label.shape]
-        pad = [0, 0, max(0, crop - size[1]), max(0, crop - size[0])]        # right and below
         image = v2.functional.resize(image.as_subclass(Tensor), size, antialias=True)       # [3, *size]
         # As a picture: v2's own "nearest" for masks lies up to half a pixel beside the image.
         label = v2.functional.resize(label.as_subclass(Tensor)[None], size, InterpolationMode.NEAREST_EXACT)[0]
-        joint = v2.Compose([
-            v2.Pad(pad, fill={tv_tensors.Image: [round(255 * m) for m in MEAN], tv_tensors.Mask: IGNORE}),
-            v2.RandomCrop(crop), v2.RandomHorizontalFlip(flip)])
+        fill = {tv_tensors.Image: [round(255 * m) for m in MEAN], tv_tensors.Mask: IGNORE}
+        joint = v2.Compose([v2.RandomCrop(crop, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip(flip)])
         image, label = joint(tv_tensors.Image(image), tv_tensors.Mask(label))
         shift = int(torch.randint(-brightness, brightness + 1, ()))
     image = (image.as_subclass(Tensor).short() + shift).clamp_(0, 255).to(torch.uint8)      # [3, crop, crop]

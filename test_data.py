@@ -127,6 +127,9 @@ def test_data_pascal_context_forms_agree(tmp_path, labels):
     assert [set59.classes[n] for n in (0, 1, 58, 49)] == ["aeroplane", "bag", "wood", "table"]
     assert len(set59.classes) == 59 and set59.classes == sorted(set59.classes) and set60.classes == ["background"] + set59.classes
     assert len(data.load("pascal_context", tmp_path, "trainval")) == 2
+    (tmp_path / "JPEGImages" / "2008_000002.jpg").unlink()      # said at once, not when its turn comes
+    with pytest.raises(data.DataError, match="missing: .*JPEGImages.*2008_000002.jpg$"):
+        data.load("pascal_context", tmp_path, "train")
 
 
 def test_data_pascal_context_tables():

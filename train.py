@@ -47,11 +47,12 @@ RECIPES = {
     "folder": dict(backbone="resnet101", steps=10000, crop=320, scale=[0.5, 2.0], weight_decay=1e-4),
 }
 DEFAULTS = dict(data="shapes", root=None, num_classes=None, coarse=False, context="ranet", cues="both", k=8,
-                no_intra=False, no_inter=False, batch=8, lr=0.001, radius=2.0, seed=0, amp=False, compile=False)
+                no_intra=False, no_inter=False, batch=8, lr=0.001, radius=2.0, seed=0, amp=False, compile=False,
+                split="train")
 MODEL = "backbone", "context", "cues", "k", "no_intra", "no_inter"      # what the weights of a checkpoint fit
 DATA = "data", "root", "num_classes", "coarse"
-TRAINING = "weights", "steps", "batch", "scale", "lr", "weight_decay", "radius", "seed", "compile"
-SETTINGS = *DATA, *MODEL, *TRAINING, "crop", "amp"       # what a checkpoint remembers of the flags
+TRAINING = "weights", "steps", "batch", "scale", "lr", "radius", "seed", "compile"
+SETTINGS = *DATA, *MODEL, *TRAINING, "split", "crop", "amp"       # what a checkpoint remembers of the flags
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -254,16 +255,19 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
             sys.exit(f"{out} holds a finished run with other settings ({', '.join(other)}): "
                      "choose another --out")
         saved = None                # the same run again, which replaces the first
+    if args.split not in ("train", "trainval"):
+        sys.exit(f"--split {args.split}: training takes train or trainval")
     if args.batch % world:
         sys.exit(f"--batch {args.batch} does not split over {world} processes")
 
     torch.manual_seed(args.seed)
-    data = load(args.data, args.root, "train", num_classes=args.num_classes, coarse=args.coarse)
+    data = load(args.data, args.root, args.split, num_classes=args.num_classes, coarse=args.coarse)
     val = load(args.data, args.root, "val", num_classes=args.num_classes)
     model = build(args, len(data.classes), "none" if saved else args.weights).to(device)
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
+                                weight_decay=RECIPES[args.data]["weight_decay"])
     step = 0
     if saved:
         restore(model, saved, last, len(data.classes))
@@ -276,7 +280,7 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
     net = model                     # `net` is trained; `model`, the same without DDP, evaluated and saved
     if world > 1:
         net = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    every = max(1, args.steps // 400)
+    every, save_every = max(1, args.steps // 400), min(500, max(1, args.steps // 20))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if last.exists() and not saved:
@@ -325,7 +329,7 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
                 if rank == 0:
                     with open(log, "a") as file:
                         file.write(json.dumps(line) + "\n")
-            if rank == 0 and (done % args.save_every == 0 or done == args.steps):
+            if rank == 0 and (done % save_every == 0 or done == args.steps):
                 save(last, dict(
                     step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
                     args={key: getattr(args, key) for key in SETTINGS},
@@ -357,7 +361,7 @@ def flag(key: str) -> str:
 def settle(args, known: dict, path: Path | None = None, fixed: Sequence[str] = ()) -> None:
     """Takes flags that were not given from a recipe or a checkpoint; one in `fixed` may not contradict it."""
     for key, value in {**DEFAULTS, **known}.items():
-        given = getattr(args, key)
+        given = getattr(args, key, None)
         if given is None:
             setattr(args, key, value)
         elif key in fixed and given != value:
@@ -462,7 +466,7 @@ def iou(matrix: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, data, args, rank: int, world: int, device: torch.device,
-             predictions: Path | None = None) -> dict:
+             split: str = "val", predictions: Path | None = None) -> dict:
     """mIoU of both maps, every image once, on one process. `predictions`: where Cityscapes' label ids go."""
     model.eval()
     N = len(data.classes)
@@ -482,7 +486,8 @@ def evaluate(model: nn.Module, data, args, rank: int, world: int, device: torch.
         dist.all_reduce(matrix)
     matrix = matrix.cpu()
     fine, coarse = map(iou, matrix)                             # [N] each
-    protocol = (f"{args.data} {args.split}, {len(data)} images, {N} classes; windows of {args.crop}, stride "
+    seen = " (trained on)" if args.split == "trainval" and split != "test" else ""
+    protocol = (f"{args.data} {split}{seen}, {len(data)} images, {N} classes; windows of {args.crop}, stride "
                 f"{math.ceil(args.crop * 2 / 3)}; scales {' '.join(f'{scale:g}' for scale in args.scales)}"
                 f"{', mirrored too' if args.flip else ''}; classes without a pixel left out of the mean")
     def plain(x):       # JSON has no NaN
@@ -506,22 +511,23 @@ def report(result: dict) -> None:
 def evaluate_checkpoint(args, rank: int, world: int, device: torch.device) -> None:
     path = Path(args.eval)
     checkpoint = read_checkpoint(path)
-    known = checkpoint["args"]
+    known, split = checkpoint["args"], args.split or "val"
+    args.split = None                               # from here on, what the training used
     if args.data not in (None, known["data"]):      # then the folder is another, too
-        known = {key: value for key, value in known.items() if key not in DATA}
+        known = {key: value for key, value in known.items() if key not in (*DATA, "split")}
     settle(args, known, path, MODEL)
-    data = load(args.data, args.root, args.split, num_classes=args.num_classes)
+    data = load(args.data, args.root, split, num_classes=args.num_classes)
     model = build(args, len(data.classes)).to(device)
     restore(model, checkpoint, path, len(data.classes))
     out = Path(args.out or path.parent)
-    unlabelled = args.data == "cityscapes" and args.split == "test"
+    unlabelled = args.data == "cityscapes" and split == "test"
     predictions = out / "cityscapes-test" if unlabelled else None
     (predictions or out).mkdir(parents=True, exist_ok=True)
-    result = evaluate(model, data, args, rank, world, device, predictions)
+    result = evaluate(model, data, args, rank, world, device, split, predictions)
     if rank == 0 and unlabelled:
         print(f"{len(data)} label maps for the Cityscapes server in {predictions}")
     elif rank == 0:
-        write_json(out / f"eval-{args.split}.json", dict(result, steps=checkpoint["step"]))
+        write_json(out / f"eval-{split}.json", dict(result, steps=checkpoint["step"]))
         report(result)
 
 
@@ -648,6 +654,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=RECIPES, help="data set (shapes, which is generated)")
     add("--root", help="its folder")
+    add("--split", help="train or trainval to train on, val or test for --eval (train; val)")
     add("--num-classes", type=int, help="pascal_context only: 59, or 60 with the background (59)")
     add("--coarse", **yes, help="cityscapes only: train on the coarse annotations too")
     add = parser.add_argument_group("model").add_argument
@@ -664,22 +671,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--crop", type=whole, help="side of the training crop, and of the windows of evaluation")
     add("--scale", type=positive, nargs=2, metavar=("LOW", "HIGH"), help="range of the random resizing")
     add("--lr", type=positive, help="learning rate at the first step; falls to 0 linearly")
-    add("--weight-decay", type=float, help="of all parameters")
     add("--radius", type=positive, help="of the boundary mask, in pixels of the crop")
     add("--seed", type=natural, help="of weights, data order, augmentation and dropout (0)")
-    add("--save-every", type=whole, metavar="STEPS", help="steps from checkpoint to checkpoint (500)")
     add("--amp", **yes, help="bfloat16 where it is safe")
     add("--compile", **yes, help="torch.compile the backbone")
     add = parser.add_argument_group("evaluation and prediction").add_argument
-    add("--split", help="of the data set (val)")
     add("--scales", type=positive, nargs="+", help="average the probabilities over these sizes (1)")
     add("--flip", **yes, help="... and over the mirrored images")
     args = parser.parse_args(argv)
 
     command = "--eval" if args.eval else "--predict" if args.predict else "training"
-    useless = {"--eval": ("predict", "resume", "save_every", "coarse", *TRAINING),
-               "--predict": ("resume", "save_every", "split", *DATA, *TRAINING),
-               "training": ("split", "scales", "flip")}[command]
+    useless = {"--eval": ("predict", "resume", "coarse", *TRAINING),
+               "--predict": ("resume", "split", *DATA, *TRAINING),
+               "training": ("scales", "flip")}[command]
     for key in useless:
         if getattr(args, key) is not None:
             sys.exit(f"{flag(key)} does not go with {command}")
@@ -695,8 +699,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         sys.exit("--gpus starts its own processes: leave it out under torchrun")
     if args.gpus and args.gpus > torch.cuda.device_count():
         sys.exit(f"--gpus {args.gpus}: this machine shows {torch.cuda.device_count()} GPUs")
-    args.split, args.scales = args.split or "val", args.scales or [1.0]
-    args.save_every = args.save_every or 500
+    args.scales = args.scales or [1.0]
     return args
 
 
