@@ -422,6 +422,8 @@ class RCB(nn.Module):
         cues: "both", or "boundary" (F = 1 - D) or "semantic" (F = 1 - E), as in Table 1 (R10).
         joint: False stops the gradient of J at B and C; W^g still receives it.
     Gradient: J's to B, C and W^g (first derivatives only); labels carry none.
+    Raises: ValueError for impossible arguments, other shapes or types; for values on the CPU alone, since on
+        a GPU it would have to wait for them.
     Source: section 3.1 and Figure 3.
     """
 
@@ -485,7 +487,8 @@ def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str) ->
                 F[a:b] = _smooth(F[a:b], Wg, (H, W))
         G = torch.empty(n, n, dtype=torch.bool, device=B.device)    # [HW, HW]
         for a in range(0, n, 64):
-            torch.gt((F[a:a + 64] + F[:, a:a + 64].T) / 2, threshold, out=G[a:a + 64])
+            g = (F[a:a + 64, a:] + F[a:, a:a + 64].T) / 2 > threshold       # [rows, HW - a]
+            G[a:a + 64, a:], G[a:, a:a + 64] = g, g.T
         q = _components(G)                                      # [HW]
         total = torch.cat([(F[a:a + 64] * (q[a:a + 64, None] == q)).sum(1) for a in range(0, n, 64)])   # [HW]
         labels.append(q)
@@ -532,7 +535,7 @@ def _pair_divergence(Ci: Tensor, Cj: Tensor) -> Tensor:
     E = (Ci * (1 + _log2(Ci))).sum(0)[:, None] + (Cj * (1 + _log2(Cj))).sum(0)   # [I, J]
     for ci, cj in zip(Ci, Cj):
         U2 = ci[:, None] + cj                                   # [I, J]
-        E.addcmul_(U2, U2.detach().clamp_min(2 * TINY).log2(), value=-1)
+        E.addcmul_(U2, U2.detach().clamp_min(2 * TINY).log2_(), value=-1)
     return E / 2
 
 
@@ -614,6 +617,7 @@ class RIB(nn.Module):
         intra: False takes eqs. 6 and 8 out: A^l = J A, and A^g reaches the representatives alone (R10).
         inter: False takes eq. 7 out: A^g = J A^l (R10).
     Gradient: to A and to the scores of the regions.
+    Raises: ValueError for impossible arguments, other shapes or types.
     Source: section 3.2 and Figure 4.
     """
 
