@@ -1,0 +1,227 @@
+"""docs/pictures.py: do the tiles show the numbers of ranet.py, and is each in its place?"""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+import data
+import ranet
+import train
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "docs"))
+import pictures  # noqa: E402
+
+torch.set_num_threads(1)
+close = torch.testing.assert_close
+STEPS = 0, 1, 2
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two steps of training, drawn: the picture, the states of the network at 0, 1, 2, and the checkpoint."""
+    folder, states, build, save = tmp_path_factory.mktemp("run"), [], train.build, train.save
+
+    def watched_build(*args):
+        model = build(*args)
+        states.append({key: x.clone() for key, x in model.state_dict().items()})
+        return model
+
+    def watched_save(path, checkpoint):
+        states.append({key: x.clone() for key, x in checkpoint["model"].items()})
+        save(folder / "last.pt", checkpoint)
+        save(path, checkpoint)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.Shapes, "splits", dict(train=16, val=3, test=3))
+        patch.setattr(pictures, "SCENES", (0, 2))
+        patch.setattr(train, "build", watched_build)
+        patch.setattr(train, "save", watched_save)
+        flags = "--steps", "2", "--crop", "40", "--batch", "4", "--workers", "0"
+        return pictures.growth(STEPS, flags), states[:3], folder / "last.pt"
+
+
+class Head(torch.nn.Module):
+    """Stands where B or C is computed, and gives the same logits for every image."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits[None]
+
+    def forward(self, A):
+        return self.logits
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """A network that knows the objects of a scene, so that its regions have many sizes; the scene and its maps."""
+    torch.manual_seed(0)
+    args = train.parse([])
+    train.settle(args, train.RECIPES["shapes"])
+    model = train.build(args, 7).eval()
+    model.reduce[1].weight.data *= 60                           # else all features and weights are nearly equal
+    image, label = data.load("shapes", split="val")[9]
+    edges = ranet.pool_boundary(data.boundary_mask(label)[None], (18, 18))[0]   # [1, 18, 18]
+    model.boundary = Head(8 * edges - 4 + 0.3 * torch.randn(1, 18, 18))
+    classes = torch.nn.functional.one_hot(label[2::4, 2::4].long(), 7).permute(2, 0, 1)
+    model.semantic = Head(5 * classes + 0.3 * torch.randn(7, 18, 18))
+    model.rcb.logits.data[0, 1] = 2                             # W^g has a direction
+    return model, image, pictures.equations(model, image)
+
+
+def cells(picture, row, column, side, size):
+    """The colours [3, H, W] of a tile at the corners of its map's pixels, where no ring or dot begins."""
+    left, top = pictures.GAP + column * (side + pictures.GAP), 24 + row * (side + 18 + pictures.GAP)
+    pixels = pil_to_tensor(picture.crop((left, top, left + side, top + side)))      # [3, side, side]
+    y, x = ((torch.arange(n) * side / n).ceil().long() for n in size)
+    return pixels[:, y[:, None], x]
+
+
+def agree(a, b):
+    """The share of pixels in which two [3, H, W] are equal: a ring or a dot covers some."""
+    return (a == b).all(0).float().mean()
+
+
+def test_maps_are_those_of_the_network(drawn):
+    model, image, maps = drawn
+    seen = []
+    hook = model.rib.register_forward_hook(lambda block, inputs, O: seen.extend((inputs[1], O)))
+    with torch.inference_mode():
+        model(data.normalize(image)[None])
+    hook.remove()
+    regions, O = seen
+    size = maps.labels.bincount()
+    assert (size > maps.K).sum() == 2 and ((1 < size) & (size < maps.K)).any() and (size == 1).any()
+    assert maps.Wl.max() > 0.1 and maps.Wd[maps.Wd > 0].min() < 0.01    # a case with something to see
+    assert torch.equal(maps.labels, regions.labels.flatten())
+    close(maps.J, regions.scores.flatten())
+    close(maps.O, O[0].flatten(1).T, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_shows_the_rows_of_the_matrices(drawn):
+    model, image, maps = drawn
+    size, pixels = tuple(maps.B.shape), [0, 100, 200]
+    picture = pictures.attention(image, maps, pixels, data.Shapes.palette)
+    assert picture.width <= 1400
+    for row, i in enumerate(pixels):
+        shown = [maps.D[i], maps.E[i], maps.F[i], maps.Fg[i], maps.G[i], maps.labels == maps.labels[i]]
+        for column, x in enumerate([maps.B.flatten(), None, *shown], 1):
+            if x is not None:
+                assert agree(cells(picture, row, column, 144, size), pictures.heat(x.view(size))) > 0.97
+        classes = data.colorize(maps.C.argmax(0), data.Shapes.palette)
+        assert agree(cells(picture, row, 2, 144, size), classes) > 0.97
+
+
+def test_weights_show_the_weights_and_fade_what_has_none(drawn):
+    model, image, maps = drawn
+    size = tuple(maps.B.shape)
+    p = int(pictures.largest(maps, 1)[0][1])
+    picture = pictures.weights(image, maps, [p])
+    inside = (maps.labels == maps.labels[maps.reps[p]]).view(size)
+    others = inside.clone()
+    others.view(-1)[maps.reps] = False
+    assert others.sum() == inside.sum() - maps.K > 0
+    for column, chosen, weight in ((2, others, maps.Wl[p]), (4, inside, maps.Wd[:, p])):
+        tile = cells(picture, 0, column, train.TILE, size)
+        heat = pictures.heat((weight / weight.max()).view(size))
+        assert agree(tile[:, chosen], heat[:, chosen]) > 0.97
+        grey = (tile[0] == tile[1]) & (tile[1] == tile[2])
+        assert (~grey[~chosen]).sum() < 5 and not grey[chosen].any()     # the ring has a colour
+
+
+def test_dots_of_eq7_lie_on_the_representatives_of_other_regions(drawn):
+    model, image, maps = drawn
+    size = tuple(maps.B.shape)
+    p = int(pictures.largest(maps, 1)[0][0])
+    picture = pictures.weights(image, maps, [p])
+    left, step = pictures.GAP + 3 * (train.TILE + pictures.GAP), train.TILE / size[0]
+    region = maps.labels[maps.reps]
+    top = max(float(w) for w, q in zip(maps.Wi[p], region) if q != region[p] and (region == q).sum() > 1)
+    for r, pixel in enumerate(maps.reps.tolist()):
+        y, x = (int((place + 0.5) * step) for place in divmod(pixel, size[1]))
+        colour = picture.getpixel((left + x, 24 + y))
+        if region[r] == region[p]:
+            assert len(set(colour)) == 1 and colour[0] > 140    # the faded image
+        elif (region == region[r]).sum() == 1:
+            assert colour == (128, 128, 128) and maps.Wi[p, r] == 1
+        else:
+            assert colour == tuple(pictures.heat(maps.Wi[p, r].view(1, 1) / top).flatten().tolist())
+
+
+def test_middle_of_an_image():
+    image = torch.zeros(3, 9, 13)
+    image[:, 4, 6] = 1
+    assert pictures.middle(image, 5)[:, 2, 2].all() and pictures.middle(image, 5).shape == (3, 5, 5)
+    assert pictures.middle(image, 99)[:, 4, 4].all() and pictures.middle(image, 99).shape == (3, 9, 9)
+
+
+def test_largest_regions_and_their_representatives(drawn):
+    maps = drawn[2]
+    own = pictures.largest(maps, 3)
+    sizes = sorted(maps.labels.bincount().tolist(), reverse=True)
+    assert [int((maps.labels == maps.labels[maps.reps[places[0]]]).sum()) for places in own] == sizes[:3]
+    for places, size in zip(own, sizes):
+        J, region = maps.J[maps.reps[places]], maps.labels[maps.reps[places]]
+        assert len(region.unique()) == 1 and len(places) == min(maps.K, size) and (J.diff() <= 0).all()
+        assert J[0] == maps.J[maps.labels == region[0]].max()
+
+
+def test_growth_draws_each_step_with_the_weights_it_had(trained):
+    picture, states, path = trained
+    args = train.parse([])
+    train.settle(args, train.read_checkpoint(path)["args"])
+    model = train.build(args, 7).eval()
+    seen = []
+    for column, state in enumerate(states, 1):
+        model.load_state_dict(state)
+        for row, scene in enumerate((0, 2)):
+            image = pictures.middle(data.Shapes("val")[scene][0], 40)
+            assert image.shape == (3, 40, 40)
+            with torch.inference_mode():
+                labels, scores = model(data.normalize(image)[None]).regions
+            want = train.draw_regions(labels[0], scores[0], args.k)
+            left, top = pictures.GAP + column * (train.TILE + pictures.GAP), 24 + row * (train.TILE + 18 + pictures.GAP)
+            got = picture.crop((left, top, left + train.TILE, top + train.TILE))
+            assert got.tobytes() == want.tobytes()
+            seen.append(want.tobytes())
+    assert len(set(seen)) > 4                                   # the steps differ
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["pictures.py", *map(str, flags)])
+    pictures.main()
+
+
+def test_the_command_writes_the_pictures(trained, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, trained[2], "--scene", 2, "--out", tmp_path / "new")
+    assert capsys.readouterr().out.split() == [str(tmp_path / "new" / f"{x}.png") for x in ("attention", "weights")]
+    by_rows = {}
+    for name in ("attention", "weights"):
+        path = tmp_path / "new" / f"{name}.png"
+        with Image.open(path) as picture:
+            by_rows[name] = picture.size
+        assert 5_000 < path.stat().st_size < 350_000
+    assert by_rows["attention"][0] == 9 * 150 + 6 and by_rows["weights"][0] == 6 * 198 + 6
+    run(monkeypatch, trained[2], "--scene", 2, "--out", tmp_path / "one", "--pixel", 9, 0)
+    with Image.open(tmp_path / "one" / "attention.png") as picture:
+        assert picture.height == 24 + 168 + 26                  # one row, and its ring on the last line at the left
+        left = [picture.getpixel((6 + 7, 24 + y)) for y in range(144)]
+    red = [y for y, colour in enumerate(left) if colour == (255, 0, 0)]
+    assert red and min(red) > 120
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([], "expected a checkpoint"), (["--growth", "x.pt"], "expected a checkpoint"), (["none.pt"], "no such file"),
+    (["LAST", "--scene", "200"], "--scene 200: expected 0..199"), (["LAST", "--pixel", "10", "0"], "10 x 10"),
+    (["ALONE"], "--no-inter")])
+def test_mistakes_are_named(flags, words, trained, tmp_path, monkeypatch):
+    checkpoint = train.read_checkpoint(trained[2])
+    checkpoint["args"]["no_inter"] = True
+    torch.save(checkpoint, tmp_path / "alone.pt")
+    flags = [{"LAST": trained[2], "ALONE": tmp_path / "alone.pt"}.get(x, x) for x in flags]
+    with pytest.raises(SystemExit, match=words):
+        run(monkeypatch, *flags, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
