@@ -701,8 +701,8 @@ class RANet(nn.Module):
     r"""The network: backbone, A, B, C, `RCB`, `RIB`, and the segmentation from [A, BN(O)].
 
     O is batch-normalised before it meets A: |O| grows with the number of regions, and else the fine loss
-    shrinks it by driving B to 1, where every pixel is its own region (R14). B starts at 0.05, so the first
-    steps see one region and no inter-region context (R13).
+    can shrink it by raising B, towards a region for every pixel (R14). B starts at 0.05, so the first steps
+    see one region and no inter-region context (R13).
 
     Args:
         backbone: a module from images [b, 3, h, w] to features [b, in_channels, H, W]. Stride 8 in the paper.
