@@ -4,11 +4,11 @@ r"""RANet: Region Attention Network for Semantic Segmentation, in one file that 
     Dingguo Shen, Yuanfeng Ji, Ping Li, Yi Wang, Di Lin.
     RANet: Region Attention Network for Semantic Segmentation. NeurIPS 2020.
 
-The file follows the paper. Section 3.1 cuts the image into regions (eqs. 1-5), section 3.2 lets the
-regions exchange context (eqs. 6-8), one function an equation, one image at a time, dense and
-differentiable. The modules at the end take batches: `RCB` and `RIB` compute the same numbers in little
-memory, `RANet` puts them on a backbone, `ranet_loss` trains it. Rn in a comment is the n-th reading of
-the paper in docs/differences.md: a place where the text is silent or contradicts itself.
+The file follows the paper. Section 3.1 cuts the image into regions (eqs. 1-4), section 3.2 scores their
+pixels (eq. 5) and lets the regions exchange context (eqs. 6-8): one function an equation, two for eq. 4; one
+image at a time, dense and differentiable. The modules at the end take batches: `RCB` and `RIB` compute the
+same numbers in little memory, `RANet` puts them on a backbone, `ranet_loss` trains it. Rn in a comment is
+the n-th reading of the paper in docs/differences.md: a place where the text is silent or contradicts itself.
 
     paper      here            shape            meaning
     H, W, M    H, W, M                          height and width of the feature map, its channels
@@ -19,7 +19,8 @@ the paper in docs/differences.md: a place where the text is silent or contradict
     B          B               [H, W]           boundary scores, 0..1
     C          C               [N, H, W]        class probabilities: the coarse segmentation
     D          D               [HW, HW]         eq. 1: boundary between pixels i and j, 0..1
-    U, E       U, E            [HW, HW]         eq. 2: the mean of C_i and C_j; their divergence, 0..1
+    U          U               [N, HW, HW]      eq. 2: the mean of C_i and C_j
+    E          E               [HW, HW]         eq. 2: their divergence, 0..1
     F          F               [HW, HW]         eq. 3: region attention, 0..1
     W^g, F^g   Wg, Fg          [k, k], [HW, HW] eq. 4: kernel; regularised region attention, 0..1
     G          G               [HW, HW]         eq. 4: True where two pixels are grouped
@@ -94,7 +95,7 @@ def _on_line(B: Tensor, i: Tensor, j: Tensor, step: Tensor) -> Tensor:
     near = (y + down) * W + x + right
     far = near + (rest > 0) * torch.where(dy.abs() < L, W, 1)
     # Not B[near]: on several threads the gradient of that adds up in another order every time.
-    near, far = (B.reshape(-1).index_select(0, k.reshape(-1)).view(k.shape) for k in (near, far))
+    near, far = (B.reshape(-1).index_select(0, at.reshape(-1)).view(at.shape) for at in (near, far))
     return near + rest.to(B.dtype) / L * (far - near)
 
 
@@ -411,9 +412,9 @@ class Regions(NamedTuple):
 class RCB(nn.Module):
     r"""The region construction block, eqs. 1-5: cuts each image of a batch into regions.
 
-    One image at a time (small ones, a few) it holds one [HW, HW] matrix of B's type and one of bool in the
-    forward pass, and one of a byte an entry (two from 257 pixels a side on) in the backward pass; between
-    them, nothing of that size.
+    It takes one image at a time, or a few small ones, and holds one [HW, HW] matrix of B's type and one of
+    bool in the forward pass, one of a byte an entry (two from 257 pixels a side on) in the backward pass, and
+    nothing of that size between them.
 
     Args:
         kernel_size: k of W^g, odd. W^g is the softmax of k x k logits, so that F^g and J stay in [0, 1]; at
@@ -424,7 +425,7 @@ class RCB(nn.Module):
     Gradient: J's to B, C and W^g (first derivatives only); labels carry none.
     Raises: ValueError for impossible arguments, other shapes or types; for values on the CPU alone, since on
         a GPU it would have to wait for them.
-    Source: section 3.1 and Figure 3.
+    Source: section 3.1 and Figure 3; eq. 5 is from section 3.2.
     """
 
     def __init__(self, kernel_size: int = 3, threshold: float = 0.8, cues: str = "both", joint: bool = True):
@@ -478,13 +479,13 @@ def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str) ->
     labels, J = [], []
     for F, c in zip(buffers, C.flatten(2)):                     # [HW, HW], [N, HW]
         for a in range(0, n, 64):                               # 64 rows stay in the processor's cache
-            b = min(a + 64, n)
-            E = 0 if cues == "boundary" else _pair_divergence(c[:, a:b], c[:, a:]).clamp_(0, 1)
-            F[a:b, a:] = (1 - F[a:b, a:]) * (1 - E)             # [rows, HW - a]
-            F[a:b, a:b] = F[a:b, a:b].triu() + F[a:b, a:b].triu(1).T    # up to here only i <= j is filled
-            F[b:, a:b] = F[a:b, b:].T
+            z = min(a + 64, n)
+            E = 0 if cues == "boundary" else _pair_divergence(c[:, a:z], c[:, a:]).clamp_(0, 1)
+            F[a:z, a:] = (1 - F[a:z, a:]) * (1 - E)             # [rows, HW - a]
+            F[a:z, a:z] = F[a:z, a:z].triu() + F[a:z, a:z].triu(1).T    # up to here only i <= j is filled
+            F[z:, a:z] = F[a:z, z:].T
             if len(Wg) > 1:
-                F[a:b] = _smooth(F[a:b], Wg, (H, W))
+                F[a:z] = _smooth(F[a:z], Wg, (H, W))
         G = torch.empty(n, n, dtype=torch.bool, device=B.device)    # [HW, HW]
         for a in range(0, n, 64):
             g = (F[a:a + 64, a:] + F[a:, a:a + 64].T) / 2 > threshold       # [rows, HW - a]
@@ -508,12 +509,12 @@ def _walk_lines(out: Tensor, B: Tensor, reach: int, steps: bool = False) -> None
     n = H * W
     out.diagonal(0, 1, 2).copy_(torch.zeros_like(B).flatten(1) if steps else B.flatten(1))
     stride = {"y": n * W + W, "x": n + 1}                       # in out, of i and j moving together
-    for M, rows, cols, x_dim in ((B, "y", "x", -1), (B.mT, "x", "y", -2)):  # the longer axis is cols: x, then y
-        h, w = M.shape[1:]
+    for field, rows, cols, x_dim in ((B, "y", "x", -1), (B.mT, "x", "y", -2)):  # the longer axis is cols
+        h, w = field.shape[1:]
         for L in range(1, min(w - 1, reach) + 1):
             part = torch.arange(L, device=B.device).to(B.dtype)[:, None] / L    # [L, 1]
-            T = (M[:, :-1, None] + part * (M[:, 1:, None] - M[:, :-1, None])).flatten(1, 2)
-            T = torch.cat((T, M[:, -1:]), 1)            # [b, (h-1) L + 1, w]
+            T = (field[:, :-1, None] + part * field.diff(dim=1)[:, :, None]).flatten(1, 2)
+            T = torch.cat((T, field[:, -1:]), 1)                # [b, (h-1) L + 1, w]
             T = torch.stack((T, T.flip(x_dim)))         # [2, b, (h-1) L + 1, w]  towards higher x, and lower
             wide = -(-(w - L) // 64) * 64               # amax is several times faster on rows of whole 64s
             padded = nn.functional.pad(T.flatten(), (0, wide))
@@ -521,12 +522,12 @@ def _walk_lines(out: Tensor, B: Tensor, reach: int, steps: bool = False) -> None
                 shape, strides = (2, b, L + 1, h - rise, wide), (*T.stride()[:2], rise * w + 1, L * w, 1)
                 walks = padded.as_strided(shape, strides)
                 best = walks[..., :w - L].max(2)[1] if steps else walks.amax(2)     # over s
-                up, down = best[..., :w - L]                                        # [b, h - rise, w - L]
+                forth, back = best[..., :w - L]                 # [b, h - rise, w - L]
                 dy, dx = (rise, L) if cols == "x" else (L, rise)
                 strides = n * n, stride[rows], stride[cols]
-                out.as_strided(up.shape, strides, dy * W + dx).copy_(up)            # (y, x) to (y + dy, x + dx)
-                down = down.flip(x_dim)
-                out.as_strided(up.shape, strides, dy * W + dx * n).copy_(down)      # (y, x + dx) to (y + dy, x)
+                out.as_strided(forth.shape, strides, dy * W + dx).copy_(forth)          # (y, x) to (y + dy, x + dx)
+                back = back.flip(x_dim)
+                out.as_strided(forth.shape, strides, dy * W + dx * n).copy_(back)       # (y, x + dx) to (y + dy, x)
 
 
 def _pair_divergence(Ci: Tensor, Cj: Tensor) -> Tensor:
@@ -566,7 +567,7 @@ class _ScoreGradient(torch.autograd.Function):
             kind = torch.uint8 if max(H, W) <= 256 else torch.int16
             steps = torch.empty(H * W, H * W, dtype=kind, device=B.device)
             _walk_lines(steps[None], B.detach()[None], reach, steps=True)
-        # A block has at most 128 rows and some 2^22 numbers: its pairs times the classes.
+        # A block has some 128 rows at most and some 2^22 numbers: its pairs times the classes.
         cost = size[labels[order]].clamp_min(2 ** 15 // len(C)) * len(C)        # [HW]
         blocks = (cost.cumsum(0) // 2 ** 22).unique_consecutive(return_counts=True)[1].tolist()
         with torch.enable_grad(), torch.autocast(dJ.device.type, enabled=False):
@@ -577,9 +578,9 @@ class _ScoreGradient(torch.autograd.Function):
 
 
 def _block_scores(B, C, Wg, rows, order, labels, size, steps, cues):
-    """J of the pixels `rows` (by region), as sum_j M_j F_ij / |R_q|: M carries eq. 4 over from F^g to F.
+    """J of the pixels `rows` (by region), as sum_j share_j F_ij / |R_q|: eq. 4 is carried over from F^g to F.
 
-    M_j = sum of W^g over the offsets that bring a pixel of R_q to j, border replicated: the adjoint of
+    share_j = sum of W^g over the offsets that bring a pixel of R_q to j, border replicated: the adjoint of
     `_smooth` on the indicator of R_q. It is 0 but on R_q and k // 2 pixels around, the columns used here.
     """
     H, W = B.shape
@@ -592,9 +593,9 @@ def _block_scores(B, C, Wg, rows, order, labels, size, steps, cues):
     x = (members % W + d[:, None]).clamp(0, W - 1)              # [k, members]
     cols, at = (y * W + x).flatten(0, 1).unique(return_inverse=True)    # [cols], [k k, members]
     at = at + (labels[members] - low) * len(cols)
-    M = Wg.new_zeros((int(high - low) + 1) * len(cols))
-    M = M.scatter_add(0, at.flatten(), Wg.reshape(-1, 1).expand_as(at).flatten())   # over a region's pixels
-    M = M.view(-1, len(cols)).index_select(0, region - low)     # [rows, cols]
+    share = Wg.new_zeros((int(high - low) + 1) * len(cols))
+    share = share.scatter_add(0, at.flatten(), Wg.reshape(-1, 1).expand_as(at).flatten())    # over a region's pixels
+    share = share.view(-1, len(cols)).index_select(0, region - low)         # [rows, cols]
     D = E = 0
     if cues != "semantic":
         step = steps[torch.minimum(rows[:, None], cols), torch.maximum(rows[:, None], cols)]
@@ -602,7 +603,7 @@ def _block_scores(B, C, Wg, rows, order, labels, size, steps, cues):
     if cues != "boundary":
         E = _pair_divergence(C.flatten(1)[:, rows], C.flatten(1)[:, cols])              # [rows, cols]
     F = (1 - D) * (1 - E)
-    return (F * M).sum(1) / size[region]                        # [rows]
+    return (F * share).sum(1) / size[region]                    # [rows]  over the columns j
 
 
 class RIB(nn.Module):

@@ -889,10 +889,10 @@ MUTATIONS = [
     ("eq8", "return J[:, None] * A + Wd @ JAg, Wd", "return A + Wd @ JAg, Wd"),                       # J_i missing
     ("eq8", "softmax(1) * mask", "softmax(0) * mask"),                                                # wrong axis
     ("rcb", "x = (members % W + d[:, None]).clamp(0, W - 1)", "x = (members % W - d[:, None]).clamp(0, W - 1)"),  # no adjoint
-    ("rcb", "return (F * M).sum(1) / size[region]", "return (F * M).sum(1)"),
+    ("rcb", "return (F * share).sum(1) / size[region]", "return (F * share).sum(1)"),
     ("rcb", ") + len(Wg) // 2\n", ")\n"),                                                             # lines too short
     ("rcb", "T.flip(x_dim)", "T"),                                                                    # one direction
-    ("rcb", "down.flip(x_dim)", "down"),
+    ("rcb", "back.flip(x_dim)", "back"),
     ("rcb", "sum(0)[:, None] + (Cj", "sum(0)[:, None] - (Cj"),
     ("rcb", "alone.sum(0) - alone", "alone.sum(0)"),                                                  # s = q included
     ("rcb", "masked_fill(own, 0)", "masked_fill(~own, 0)"),

@@ -5,7 +5,7 @@
     python train.py --data cityscapes --root DIR                         one GPU, or the CPU without one
     python train.py --data cityscapes --root DIR --gpus 8                8 GPUs of this machine
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
-        train.py --data cityscapes --root DIR                            2 machines, the same line on both
+        train.py --data cityscapes --root DIR --batch 16                 2 machines, the same line on both
     python train.py --out runs/shapes-ranet --resume                     a run that was stopped goes on
     python train.py --eval runs/cityscapes-ranet/last.pt --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
     python train.py --predict runs/cityscapes-ranet/last.pt a.jpg b.jpg  writes a_mask.png, a_overlay.png, ...
@@ -13,7 +13,7 @@
 A run writes into --out, a folder that all machines share: log.jsonl (a line every few steps), last.pt (the
 checkpoint), and at its end metrics.json and overview.png. In a log line `regions` is Q, `singles` the share
 of pixels that are a region of their own, `mean_B` and `mean_J` the means of B and J: a run has collapsed
-where regions stays at 1 or singles goes to 1. Rn in a comment is a line of docs/differences.md.
+where regions stays at 1 or singles goes to 1. Rn in a comment is a section of docs/differences.md.
 """
 import argparse
 import colorsys

@@ -1,10 +1,10 @@
 """Measures what the readings of differences.md change.
 
     python docs/differences.py --root camvid        # R1, R3, R8, R11: on label maps
-    python docs/differences.py --collapse           # R14: trains on the generated scenes with BN(O), and with O
+    python docs/differences.py --collapse           # R14: trains on the generated scenes, with BN(O) and with O
 
-On label maps, B and C are made from the labels of a `folder` data set (B 0.9 on class borders and 0.05 elsewhere, C a softmax
-that is sure of the label), so that the numbers speak of the equations and not of a trained network.
+On label maps, B and C are made from the labels of a `folder` data set (B 0.9 on class borders and 0.05 elsewhere, C a
+softmax that is sure of the label), so that the numbers speak of the equations and not of a trained network.
 """
 import argparse
 import json
@@ -65,9 +65,11 @@ def end_points_and_threshold(labels: list[Tensor], N: int) -> None:
         for name, matrix in (("with", D), ("without", without_end_points(B))):
             for threshold in (0.5, 0.65, 0.8):
                 count = regions_of(matrix, E, size, threshold, ranet.RCB().kernel())[0].bincount()
-                rows.setdefault((name, threshold), []).append(((count > 20).sum().item(), (count == 1).sum().item(), len(count)))
+                numbers = (count > 20).sum().item(), (count == 1).sum().item(), len(count)
+                rows.setdefault((name, threshold), []).append(numbers)
     print(f"\nR1, R3. Regions of {len(labels)} label maps at {size[0]} x {size[1]} (means), k = 3:\n")
-    print("| end points | threshold | regions of more than 20 pixels | single pixels | Q | pixels a region |\n|---|---|---|---|---|---|")
+    print("| end points | threshold | regions of more than 20 pixels | single pixels | Q | pixels a region |")
+    print("|" + "---|" * 6)
     for (name, threshold), found in rows.items():
         large, single, Q = torch.tensor(found).float().mean(0).tolist()
         print(f"| {name} | {threshold} | {large:.1f} | {single:.0f} | {Q:.0f} | {size[0] * size[1] / Q:.1f} |")
@@ -95,7 +97,8 @@ def thin_walls() -> None:
 
 def size_of_O(labels: list[Tensor], N: int) -> None:
     size = 23, 30
-    print(f"\nR8, R14. Single pixels and |O| at {size[0]} x {size[1]}, A = relu(noise) / 10 of 512 channels (means over the maps):\n")
+    print(f"\nR8, R14. Single pixels and |O| at {size[0]} x {size[1]}, A = relu(noise) / 10 of 512 channels "
+          "(means over the maps):\n")
     print("| threshold | Q | regions of a single pixel | norm of O / norm of A |\n|---|---|---|---|")
     for threshold in (0.3, 0.5, 0.65, 0.8, 0.9):
         rows = []
@@ -119,8 +122,8 @@ def boundary_target(labels: list[Tensor]) -> None:
         up = interpolate(cells[None, None], mask.shape, mode="nearest")[0, 0]
         full.append(mask.mean()), pooled.append(cells.mean()), taught.append(mask[up == 1].mean())
     full, pooled, taught = (torch.stack(x).mean().item() for x in (full, pooled, taught))
-    print(f"\nR11. Boundary pixels {full:.1%}; boundary cells of the pooled mask at stride 8 {pooled:.1%}; within these cells"
-          f"\n{taught:.0%} of the pixels are boundary: what a loss at image size teaches B there.")
+    print(f"\nR11. Boundary pixels {full:.1%}; boundary cells of the pooled mask at stride 8 {pooled:.1%}; within these "
+          f"cells\n{taught:.0%} of the pixels are boundary: what a loss at image size teaches B there.")
 
 
 def collapse(seed: int) -> None:
@@ -131,7 +134,8 @@ def collapse(seed: int) -> None:
         model.norm = nn.Identity()
         return model
 
-    print("| meets A | step | Q | single pixels, share of all | mean B | mean J | fine loss | coarse loss |\n|" + "---|" * 8)
+    print("| meets A | step | Q | single pixels, share of all | mean B | mean J | fine loss | coarse loss |")
+    print("|" + "---|" * 8)
     for name, make in (("BN(O)", build), ("O", bare)):
         with TemporaryDirectory() as out, mock.patch.object(train, "build", make), torch.enable_grad():
             with open(Path(out, "screen.txt"), "w") as screen, mock.patch.object(sys, "stdout", screen):
