@@ -567,7 +567,7 @@ class _ScoreGradient(torch.autograd.Function):
             kind = torch.uint8 if max(H, W) <= 256 else torch.int16
             steps = torch.empty(H * W, H * W, dtype=kind, device=B.device)
             _walk_lines(steps[None], B.detach()[None], reach, steps=True)
-        # A block has some 128 rows at most and some 2^22 numbers: its pairs times the classes.
+        # A block has about 128 rows at most and about 2^22 numbers: its pairs times the classes.
         cost = size[labels[order]].clamp_min(2 ** 15 // len(C)) * len(C)        # [HW]
         blocks = (cost.cumsum(0) // 2 ** 22).unique_consecutive(return_counts=True)[1].tolist()
         with torch.enable_grad(), torch.autocast(dJ.device.type, enabled=False):

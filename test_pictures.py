@@ -154,8 +154,8 @@ def test_dots_of_eq7_lie_on_the_representatives_of_other_regions(drawn):
 def test_middle_of_an_image():
     image = torch.zeros(3, 9, 13)
     image[:, 4, 6] = 1
-    assert pictures.middle(image, 5)[:, 2, 2].all() and pictures.middle(image, 5).shape == (3, 5, 5)
-    assert pictures.middle(image, 99)[:, 4, 4].all() and pictures.middle(image, 99).shape == (3, 9, 9)
+    assert train.middle(image, 5)[:, 2, 2].all() and train.middle(image, 5).shape == (3, 5, 5)
+    assert train.middle(image, 99)[:, 4, 4].all() and train.middle(image, 99).shape == (3, 9, 9)
 
 
 def test_largest_regions_and_their_representatives(drawn):
@@ -178,7 +178,7 @@ def test_growth_draws_each_step_with_the_weights_it_had(trained):
     for column, state in enumerate(states, 1):
         model.load_state_dict(state)
         for row, scene in enumerate((0, 2)):
-            image = pictures.middle(data.Shapes("val")[scene][0], 40)
+            image = train.middle(data.Shapes("val")[scene][0], 40)
             assert image.shape == (3, 40, 40)
             with torch.inference_mode():
                 labels, scores = model(data.normalize(image)[None]).regions

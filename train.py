@@ -569,9 +569,7 @@ def draw_overview(model: nn.Module, data, args, device: torch.device, path: Path
     rows = []
     for i in sorted({min(i * len(data) // 4 + i, len(data) - 1) for i in range(4)}):
         image, label = data[i]
-        side = min(*label.shape, args.crop)
-        y, x = ((size - side) // 2 for size in label.shape)
-        image, label = image[:, y:y + side, x:x + side], label[y:y + side, x:x + side]  # the middle square
+        image, label = middle(image, args.crop), middle(label, args.crop)
         output = model(normalize(image)[None].to(device))
         B = (255 * output.boundary[0].float().sigmoid()).byte().cpu().expand(3, -1, -1)     # [3, H, W]
         row = {"image": tile(image), "label": tile(colorize(label, data.palette)), "boundary B": tile(B)}
@@ -595,9 +593,16 @@ def draw_overview(model: nn.Module, data, args, device: torch.device, path: Path
 TILE = 192      # pixels a side of each small picture
 
 
-def tile(image: Tensor) -> Image.Image:
-    """uint8 [3, h, w] as a picture of TILE x TILE; pixels stay sharp."""
-    return as_picture(image).resize((TILE, TILE), Image.Resampling.NEAREST)
+def middle(image: Tensor, crop: int) -> Tensor:
+    """The middle square, of the crop's side at most, of [..., h, w]."""
+    side = min(*image.shape[-2:], crop)
+    y, x = ((size - side) // 2 for size in image.shape[-2:])
+    return image[..., y:y + side, x:x + side]                   # [..., side, side]
+
+
+def tile(image: Tensor, side: int = TILE) -> Image.Image:
+    """uint8 [3, h, w] as a picture of side x side; pixels stay sharp."""
+    return as_picture(image).resize((side, side), Image.Resampling.NEAREST)
 
 
 def draw_regions(labels: Tensor, scores: Tensor, k: int) -> Image.Image:

@@ -58,13 +58,6 @@ def equations(model: ranet.RANet, image: Tensor) -> SimpleNamespace:
                            O=O, Wd=Wd, K=model.rib.k)
 
 
-def middle(image: Tensor, crop: int) -> Tensor:
-    """The middle square of an image [3, h, w]."""
-    side = min(*image.shape[1:], crop)
-    y, x = ((size - side) // 2 for size in image.shape[1:])
-    return image[:, y:y + side, x:x + side]                     # [3, side, side]
-
-
 def largest(maps: SimpleNamespace, n: int) -> list[Tensor]:
     """The places in maps.reps of the representatives of each of the n largest regions, by falling J."""
     regions = maps.labels.bincount().argsort(descending=True, stable=True)[:n]
@@ -82,13 +75,8 @@ def heat(x: Tensor) -> Tensor:
     return torch.lerp(SCALE[low], SCALE[low + 1], (place - low)[..., None]).round().byte().permute(2, 0, 1)
 
 
-def tile(image: Tensor, side: int) -> Image.Image:
-    """uint8 [3, h, w] as a picture of side x side; pixels stay sharp."""
-    return train.as_picture(image).resize((side, side), Image.Resampling.NEAREST)
-
-
 def faded(image: Tensor, side: int) -> Image.Image:
-    grey = tile(image, side).convert("L").convert("RGB")
+    grey = train.tile(image, side).convert("L").convert("RGB")
     return Image.blend(grey, Image.new("RGB", grey.size, "white"), 0.6)
 
 
@@ -138,7 +126,7 @@ def attention(image: Tensor, maps: SimpleNamespace, pixels: list[int], palette: 
         region = maps.labels == maps.labels[i]                  # [HW]
         own = [x[i].view(size) for x in (maps.D, maps.E, maps.F, maps.Fg, maps.G)]  # [H, W] each
         colours = [image, heat(maps.B), colorize(maps.C.argmax(0), palette), *map(heat, own), heat(region.view(size))]
-        tiles = [tile(x, 144) for x in colours]
+        tiles = [train.tile(x, 144) for x in colours]
         for picture in tiles:
             dot(picture, i, size, 6, rim="red", width=2)
         rows.append([(picture, "") for picture in tiles[:-1]] + [(tiles[-1], count(region, "pixel"))])
@@ -165,12 +153,12 @@ def weights(image: Tensor, maps: SimpleNamespace, chosen: list[int]) -> Image.Im
         for r in weighed.nonzero()[:, 0].tolist():
             share = (maps.Wi[p, r] / top).view(1, 1)
             dot(senders, int(maps.reps[r]), size, 3 + 3 * share.item(), tuple(heat(share).flatten().tolist()))
-        row = [(tile(image, side), ""),
+        row = [(train.tile(image, side), ""),
                (train.draw_regions(maps.labels.view(size), maps.J.view(size), maps.K), count(inside, "pixel")),
                within(others, maps.Wl[p], image, size),
                (senders, f"highest {top:.2g}, of {count(weighed, 'representative')}"),
                within(inside, maps.Wd[:, p], image, size),
-               (tile(heat(maps.J.view(size)), side), f"{maps.J[maps.reps[p]]:.2f} here")]
+               (train.tile(heat(maps.J.view(size)), side), f"{maps.J[maps.reps[p]]:.2f} here")]
         for picture, _ in row:
             dot(picture, int(maps.reps[p]), size, 8, rim="red", width=2)
         rows.append(row)
@@ -185,7 +173,7 @@ def within(chosen: Tensor, weight: Tensor, image: Tensor, size: tuple[int, int])
     picture = faded(image, train.TILE)
     top = weight.max()
     mask = Image.fromarray(chosen.view(size).numpy()).resize(picture.size, Image.Resampling.NEAREST)
-    picture.paste(tile(heat((weight / top.clamp_min(1e-30)).view(size)), train.TILE), mask=mask)
+    picture.paste(train.tile(heat((weight / top.clamp_min(1e-30)).view(size)), train.TILE), mask=mask)
     return picture, f"highest {top:.2g}, of {count(chosen, 'pixel')}"
 
 
@@ -204,7 +192,7 @@ def growth(steps: tuple[int, ...] = STEPS, flags: tuple[str, ...] = ()) -> Image
     train.settle(args, kept[max(kept)]["args"])
     torch.manual_seed(args.seed)                                # step 0: the weights that train.py starts from
     model = train.build(args, len(kept[max(kept)]["classes"])).eval()
-    scenes = [middle(load("shapes", split="val")[i][0], args.crop) for i in SCENES]
+    scenes = [train.middle(load("shapes", split="val")[i][0], args.crop) for i in SCENES]
     rows = [[(train.tile(image), "")] for image in scenes]
     for step in steps:
         if step:
@@ -233,7 +221,7 @@ def read(args: argparse.Namespace) -> tuple[ranet.RANet, Tensor, list]:
         sys.exit(f"--scene {args.scene}: expected 0..{len(data) - 1}")
     model = train.build(args, len(data.classes)).eval()
     train.restore(model, checkpoint, args.checkpoint, len(data.classes))
-    return model, middle(data[args.scene][0], args.crop), data.palette
+    return model, train.middle(data[args.scene][0], args.crop), data.palette
 
 
 def write(picture: Image.Image, path: Path) -> None:
