@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: MIT
-r"""RANet: Region Attention Network for Semantic Segmentation, in one file that needs torch alone.
+r"""RANet: Region Attention Network for Semantic Segmentation, in one file that needs only torch.
 
     Dingguo Shen, Yuanfeng Ji, Ping Li, Yi Wang, Di Lin.
     RANet: Region Attention Network for Semantic Segmentation. NeurIPS 2020.
 
-The file follows the paper. Section 3.1 cuts the image into regions (eqs. 1-4), section 3.2 scores their
-pixels (eq. 5) and lets the regions exchange context (eqs. 6-8): one function an equation, two for eq. 4; one
-image at a time, dense and differentiable. The modules at the end take batches: `RCB` and `RIB` compute the
-same numbers in little memory, `RANet` puts them on a backbone, `ranet_loss` trains it. Rn in a comment is
-the n-th reading of the paper in docs/differences.md: a place where the text is silent or contradicts itself.
+The file follows the paper: eqs. 1-8, one function each (two for eq. 4), for one image at a time, dense and
+differentiable; what they make together; `RCB`, `RIB` and `RANet` for batches; the loss. Below the banner
+"nothing from here on is needed to understand the paper", `RCB`'s numbers are made in little memory and few calls.
 
     paper      here            shape            meaning
     H, W, M    H, W, M                          height and width of the feature map, its channels
@@ -29,8 +27,31 @@ the n-th reading of the paper in docs/differences.md: a place where the text is 
     A^g, W^g   Ag, Wi          [P, M], [P, P]   eq. 7: global context; its weights (the paper's second W^g)
     O, W^d     O, Wd           [HW, M], [HW, P] eq. 8: contextual features; their weights
 
-Pixels are numbered in raster order; i and j are pixels, p and r representatives. The equations' [HW, HW]
-matrices take 338 MiB each at 97 x 97 in float32. `RCB` holds one of them, and one of a byte an entry.
+Pixels are numbered in raster order; i and j are pixels, p and r representatives. At 97 x 97 a [HW, HW] matrix
+takes 338 MiB in float32.
+
+How the paper is read where it is silent or contradicts itself (docs/differences.md has the effects):
+
+    R1   eq. 1: a sample at every step of the line's longer axis, interpolated along the other; both ends belong
+    R2   eq. 2: the Jensen-Shannon divergence with log base 2; as printed it is not 0 at i = j
+    R3   eq. 4: one k x k kernel for all rows of F, weights >= 0 of sum 1; the sign is that of the mean minus tau
+    R4   regions: the connected components of G, since G is not transitive
+    R4b  a pixel that is a component alone joins the region it is most attached to: regions of the paper's size
+    R5   eq. 5: the mean runs over all of R_q, i included
+    R6   phi: the min(K, |R_q|) highest J; ties go to the lower-numbered pixel
+    R7   eq. 6: the softmax runs over R_q without its representatives; over nothing, the sum is 0
+    R8   eq. 7: a softmax for each other region on its own, their sum not divided by Q - 1, as printed
+    R9   eqs. 6-8: no 1 / sqrt(M) in the exponentials, as printed
+    R10  Table 1: one cue alone is F = 1 - D or F = 1 - E; without eqs. 6 and 8, A^g reaches only representatives
+    R11  boundary target: two classes within radius 2, max-pooled to B's grid; ignored pixels make no boundary
+    R12  losses 1 : 1 : 1; where the paper is silent, the values of its released code or of the field
+    R13  B starts at 0.05, so that the first map is one region
+    R14  O is batch-normalised before it meets A, since |O| grows with Q
+    R14b the weight of that normalisation starts at 0.25: regions mean nothing in the first steps
+    R15  A is a 3 x 3 convolution of the features; the segmentation sees [A, O]; RIB has no parameters
+
+Wrong input raises a ValueError of one line: the argument, what was expected, what came. Values (ranges, sums, NaN)
+are looked at only on the CPU; on another device that would have to wait for it. Computation is in float32 at least.
 
     import torch, ranet
     backbone = torch.nn.Conv2d(3, 64, 8, stride=8)          # any module that returns [b, in_channels, H, W]
@@ -39,8 +60,8 @@ matrices take 338 MiB each at 97 x 97 in float32. `RCB` holds one of them, and o
     print(out.fine.shape)                                    # torch.Size([2, 19, 128, 160])
     print(out.regions.labels.amax((1, 2)) + 1)               # Q, the number of regions of each image
 
-Not here: the backbones, the data sets, the boundary masks and the training loop (train.py and data.py of
-the same project), trained weights, kernels in CUDA or Triton.
+Not here: backbones, data sets, boundary masks and the training loop (train.py and data.py of the same project),
+trained weights, kernels in CUDA or Triton.
 """
 from typing import NamedTuple
 
@@ -66,9 +87,8 @@ def boundary_probability(B: Tensor) -> Tensor:
         B: [H, W] boundary scores in [0, 1].
     Returns:
         D [HW, HW] in [0, 1], symmetric.
-    Gradient: to B, at the highest sample; of several, at the one nearest the lower-numbered pixel.
-    Raises: ValueError for another shape or type, or a score outside [0, 1].
-    Source: eq. 1, section 3.1.
+    Gradient: to B, at the highest sample; of several, at the one nearest the line's upper end (its left end, if
+        it is wider than high).
     """
     _check_scores("B", B, "[H, W]", 2)
     H, W = B.shape
@@ -82,21 +102,27 @@ def boundary_probability(B: Tensor) -> Tensor:
 
 
 def _on_line(B: Tensor, i: Tensor, j: Tensor, step: Tensor) -> Tensor:
-    """B on the line between pixels i and j, `step` steps from the lower-numbered one: on a pixel along the
-    longer axis, between two along the shorter (Figure 2). Integers whose shapes broadcast to the result's."""
-    H, W = B.shape
+    """B on the line between pixels i and j: on a pixel along the longer axis, between two along the shorter."""
+    near, far, part = _line(i, j, step, B.shape[1], B.dtype)
+    # Not B[near]: on several threads the gradient of that adds up in another order every time.
+    near, far = (B.reshape(-1).index_select(0, at.reshape(-1)).view(at.shape) for at in (near, far))
+    return near + part * (far - near)
+
+
+def _line(i: Tensor, j: Tensor, step: Tensor, W: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The two pixels nearest to a sample, and the share of the second. `step` counts from the line's upper end,
+    or from its left end if it is wider than high. Integers whose shapes broadcast to the results'."""
     y, x = i // W, i % W
     dy, dx = j // W - y, j % W - x
-    L = torch.maximum(dy.abs(), dx.abs()).clamp_min(1)
+    longer = torch.where(dy.abs() < dx.abs(), dx, dy)
+    L = longer.abs().clamp_min(1)
     step = torch.minimum(step, L)
-    step = torch.where(i < j, step, L - step)                   # now from i
+    step = torch.where(longer < 0, L - step, step)              # now from i
     down, right = step * dy // L, step * dx // L                # whole pixels,
     rest = step * (dy + dx) - L * (down + right)                # and L-ths of one, along the shorter axis
     near = (y + down) * W + x + right
-    far = near + (rest > 0) * torch.where(dy.abs() < L, W, 1)
-    # Not B[near]: on several threads the gradient of that adds up in another order every time.
-    near, far = (B.reshape(-1).index_select(0, at.reshape(-1)).view(at.shape) for at in (near, far))
-    return near + rest.to(B.dtype) / L * (far - near)
+    far = near + ((rest > 0) * torch.where(dy.abs() < L, W, 1)).to(near.dtype)
+    return near, far, rest.to(dtype) / L
 
 
 def semantic_divergence(C: Tensor) -> Tensor:
@@ -112,8 +138,6 @@ def semantic_divergence(C: Tensor) -> Tensor:
     Returns:
         E [HW, HW] in [0, 1], symmetric; 0 where two pixels agree, 1 where they share no class.
     Gradient: to C (first derivatives only); below 2^-24 the logarithms stay as they are at 2^-24.
-    Raises: ValueError for another shape or type, or where C is no probability.
-    Source: eq. 2, section 3.1.
     """
     _check_probabilities("C", C, "[N, H, W]", 3)
     Ci = C.flatten(1)[:, :, None]                               # [N, HW, 1]
@@ -140,12 +164,10 @@ def region_attention(D: Tensor, E: Tensor) -> Tensor:
     Returns:
         F [HW, HW] in [0, 1].
     Gradient: to D and E.
-    Raises: ValueError for other or different shapes, types, or a value outside [0, 1].
-    Source: eq. 3, section 3.1.
     """
     _check_pairs("D", D)
     _check_pairs("E", E)
-    _expect(D.shape == E.shape, "E", f"the shape of D, {list(D.shape)}", E)
+    _expect(D.shape == E.shape and D.dtype == E.dtype, "E", f"the shape and type of D, {list(D.shape)}", E)
     return (1 - D) * (1 - E)
 
 
@@ -164,14 +186,13 @@ def regularize(F: Tensor, Wg: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         F^g [HW, HW] in [0, 1], not symmetric.
     Gradient: to F and Wg.
-    Raises: ValueError for other shapes, types or values.
-    Source: eq. 4, section 3.1.
     """
     _check_pairs("F", F)
     odd = _is_tensor(Wg, 2) and Wg.shape[0] == Wg.shape[1] and Wg.shape[0] % 2 == 1
-    _expect(odd, "Wg", "a kernel [k, k], k odd", Wg)
-    total = Wg.sum().item() if bool((Wg >= 0).all()) else float("nan")
-    _expect(abs(total - 1) <= 1e-2, "Wg", "weights >= 0 that sum to 1", f"a sum of {total:g}")
+    _expect(odd and Wg.dtype == F.dtype, "Wg", "a kernel [k, k] of F's type, k odd", Wg)
+    if Wg.device.type == "cpu":
+        total = Wg.sum().item() if bool((Wg >= 0).all()) else float("nan")
+        _expect(abs(total - 1) <= 1e-2, "Wg", "weights >= 0 that sum to 1", f"a sum of {total:g}")
     pair = isinstance(size, (tuple, list)) and len(size) == 2
     _expect(pair and size[0] * size[1] == len(F), "size", f"(H, W) with HW = {len(F)}", size)
     return _smooth(F, Wg, size)
@@ -180,7 +201,7 @@ def regularize(F: Tensor, Wg: Tensor, size: tuple[int, int]) -> Tensor:
 def _smooth(rows: Tensor, Wg: Tensor, size: tuple[int, int]) -> Tensor:
     H, W = size
     k = len(Wg)
-    maps = rows.view(1, -1, H, W)                               # [1, rows, H, W]
+    maps = rows.reshape(1, -1, H, W)                            # [1, rows, H, W]
     maps = nn.functional.pad(maps, (k // 2,) * 4, mode="replicate")[0]   # [rows, H + k - 1, W + k - 1]
     shifted = (Wg[a, b] * maps[:, a:a + H, b:b + W] for a in range(k) for b in range(k))
     return sum(shifted).view(-1, H * W)                         # [rows, HW]
@@ -200,8 +221,6 @@ def region_decision(Fg: Tensor, threshold: float = 0.8) -> Tensor:
     Returns:
         G [HW, HW] bool, symmetric.
     Gradient: none; a decision has no slope.
-    Raises: ValueError for another shape, type or value.
-    Source: eq. 4, section 3.1.
     """
     _check_pairs("Fg", Fg)
     _check_threshold(threshold)
@@ -218,27 +237,73 @@ def connected_regions(G: Tensor) -> Tensor:
     Returns:
         labels [HW] int64: 0..Q-1, numbered by their first pixel.
     Gradient: none.
-    Raises: ValueError where G is no symmetric matrix of bool.
-    Source: section 3.1, below eq. 4.
     """
-    _expect(_is_tensor(G, 2, torch.bool) and G.shape[0] == G.shape[1] > 0, "G", "a bool tensor [HW, HW]", G)
-    _expect(torch.equal(G, G.T), "G", "a symmetric matrix", "one with G_ij != G_ji")
-    return _components(G)
+    _expect(_is_tensor(G, 2, torch.bool) and G.shape[0] == G.shape[1], "G", "a bool tensor [HW, HW]", G)
+    if G.device.type == "cpu":
+        _expect(torch.equal(G, G.T), "G", "a symmetric matrix", "one with G_ij != G_ji")
+    return _components(G[None])[0]
 
 
 def _components(G: Tensor) -> Tensor:
-    n = len(G)
-    first = torch.arange(n, dtype=torch.int32, device=G.device)     # [HW]  the lowest pixel known to be connected
+    """Labels [b, HW] of b graphs [b, HW, HW]."""
+    b, n = G.shape[:2]
+    first = torch.arange(n, device=G.device).repeat(b, 1)       # [b, HW]  the lowest pixel known to be connected
+    rows = max(1, _numbers(G) // (b * n))
     while True:
-        seen = torch.cat([torch.where(edges, first, n).amin(1) for edges in G.split(256)])  # over the neighbours
-        seen = torch.minimum(seen, first)                           # [HW]
+        near = first.int()[:, None]                             # [b, 1, HW]
+        seen = torch.cat([torch.where(edges, near, n).amin(2) for edges in G.split(rows, 1)], 1)    # over neighbours
+        seen = torch.minimum(seen.long(), first)                # [b, HW]
         # Whole trees move, not pixels: that and full pointer jumping need about log(HW) rounds.
-        last, first = first, first.scatter_reduce(0, first.long(), seen, "amin")
-        while not torch.equal(first, first[first.long()]):
-            first = first[first.long()]
+        last, first = first, first.scatter_reduce(1, first, seen, "amin")
+        for _ in range(n.bit_length()):
+            first = first.gather(1, first)
         if torch.equal(first, last):
-            break
-    return ((first == torch.arange(n, device=G.device)).cumsum(0) - 1)[first.long()]
+            return _numbered(first)
+
+
+def _numbered(first: Tensor) -> Tensor:
+    """Regions given by their first pixel, [..., HW], as 0..Q-1 in that order."""
+    starts = first == torch.arange(first.shape[-1], device=first.device)
+    return (starts.cumsum(-1) - 1).gather(-1, first)
+
+
+def join_lone_pixels(labels: Tensor, Fg: Tensor) -> Tensor:
+    r"""R4b: every region of one pixel joins the region of two or more that it is most attached to.
+
+    .. math:: q_i = \arg\max_{q:\, |R_q| > 1} \frac{1}{|R_q|} \sum_{j \in R_q} \frac{F^g_{i,j} + F^g_{j,i}}{2}
+              \quad \text{where } |R_{q_i}| = 1
+
+    A boundary pixel has D_ii = B_i, so it is not even grouped with itself; yet the paper's regions have 400
+    pixels and hold "pixels near the object boundary". All lone pixels join at once; of equal attachments the
+    lower region number holds. Where no region has two pixels nothing changes.
+
+    Args:
+        labels: [HW] int64, of `connected_regions`.
+        Fg: [HW, HW] in [0, 1], of eq. 4.
+    Returns:
+        labels [HW] int64: 0..Q-1, numbered by their first pixel.
+    Gradient: none.
+    """
+    _check_pairs("Fg", Fg)
+    _check_labels(labels, len(Fg))
+    return _join(labels, Fg.detach())
+
+
+def _join(labels: Tensor, Fg: Tensor) -> Tensor:
+    n = len(labels)
+    size = labels.bincount()                                    # [Q]
+    large = (size > 1).nonzero()[:, 0]                          # [large]  these regions
+    lone = (size[labels] == 1).nonzero()[:, 0]                  # [lone]   these pixels
+    if len(lone) in (0, n):
+        return labels
+    member = (labels[:, None] == large).to(Fg)                  # [HW, large]
+    joined = labels.clone()
+    for i in lone.split(max(1, _numbers(Fg) // n)):
+        S = (Fg[i] + Fg[:, i].T) / 2                            # [i, HW]
+        joined[i] = large[(S @ member / size[large]).argmax(1)]     # of the means over each region's pixels
+    pixel = torch.arange(n, device=labels.device)               # [HW]
+    first = torch.full_like(pixel, n).scatter_reduce(0, joined, pixel, "amin")      # [HW]  of each region
+    return _numbered(first[joined])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -254,12 +319,10 @@ def representative_score(Fg: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         Fg: [HW, HW] in [0, 1], of eq. 4.
-        labels: [HW] int64, of `connected_regions`.
+        labels: [HW] int64, the regions.
     Returns:
         J [HW] in [0, 1].
-    Gradient: to Fg; through J alone do eqs. 5-8 teach W^g, B and C.
-    Raises: ValueError for other shapes, types or values.
-    Source: eq. 5, section 3.2.
+    Gradient: to Fg; only through J do eqs. 5-8 teach W^g, B and C.
     """
     _check_pairs("Fg", Fg)
     _check_labels(labels, len(Fg))
@@ -274,18 +337,16 @@ def select_representatives(J: Tensor, labels: Tensor, K: int) -> Tensor:
 
     Args:
         J: [HW] in [0, 1], of eq. 5.
-        labels: [HW] int64, of `connected_regions`.
+        labels: [HW] int64, the regions.
         K: representatives a region, at least 1.
     Returns:
         reps [P] int64: pixel numbers, by region, then by falling J.
     Gradient: none.
-    Raises: ValueError for other shapes, types or values.
-    Source: section 3.2, below eq. 5.
     """
     _check_labels(labels)
     _check_scores("J", J, "[HW]", 1, length=len(labels))
     _check_count("K", K)
-    order = J.argsort(descending=True, stable=True)             # [HW]
+    order = J.detach().argsort(descending=True, stable=True)    # [HW]
     order = order[labels[order].argsort(stable=True)]           # [HW]  by region, then by falling J
     size = labels.bincount()                                    # [Q]
     start = (size.cumsum(0) - size)[labels[order]]              # [HW]  where its region starts in this order
@@ -305,13 +366,11 @@ def intra_region_collection(A: Tensor, J: Tensor, labels: Tensor, reps: Tensor) 
     Args:
         A: [HW, M] features.
         J: [HW] in [0, 1], of eq. 5.
-        labels: [HW] int64, of `connected_regions`.
+        labels: [HW] int64, the regions.
         reps: [P] int64, of `select_representatives`.
     Returns:
         A^l [P, M], and the weights W^l [P, HW], 0 outside their set.
     Gradient: to A and J.
-    Raises: ValueError for other shapes, types or values.
-    Source: eq. 6, section 3.2.
     """
     _check_features("A", A, labels, J)
     _check_representatives(reps, labels)
@@ -336,23 +395,21 @@ def inter_region_interaction(Al: Tensor, J: Tensor, labels: Tensor, reps: Tensor
     Args:
         Al: [P, M], of eq. 6.
         J: [HW] in [0, 1], of eq. 5.
-        labels: [HW] int64, of `connected_regions`.
+        labels: [HW] int64, the regions.
         reps: [P] int64, of `select_representatives`.
     Returns:
         A^g [P, M], and the weights W^g (here Wi) [P, P], 0 within a region.
     Gradient: to A^l and J.
-    Raises: ValueError for other shapes, types or values.
-    Source: eq. 7, section 3.2.
     """
     _check_labels(labels)
-    _check_scores("J", J, "[HW]", 1, length=len(labels))
     _check_representatives(reps, labels)
     _check_matrix("Al", Al, len(reps))
+    _check_scores("J", J, "[HW]", 1, len(labels), Al.dtype)
     JAl = J[reps][:, None] * Al                                 # [P, M]  what each representative sends
     region = labels[reps]                                       # [P]
     logits = Al @ JAl.T                                         # [P, P]  from the source r (column) to p (row)
     source = region.expand_as(logits)                           # [P, P]
-    Q = int(region.max()) + 1
+    Q = int(region[-1]) + 1
     top = logits.new_zeros(len(reps), Q).scatter_reduce(1, source, logits.detach(), "amax", include_self=False)
     exp = (logits - top.gather(1, source)).exp()                # [P, P]
     total = logits.new_zeros(len(reps), Q).scatter_add(1, source, exp)   # [P, Q]  over the representatives r of s
@@ -372,13 +429,11 @@ def intra_region_distribution(A: Tensor, Ag: Tensor, J: Tensor, labels: Tensor,
         A: [HW, M] features.
         Ag: [P, M], of eq. 7.
         J: [HW] in [0, 1], of eq. 5.
-        labels: [HW] int64, of `connected_regions`.
+        labels: [HW] int64, the regions.
         reps: [P] int64, of `select_representatives`.
     Returns:
         O [HW, M], and the weights W^d [HW, P], 0 outside the pixel's region.
     Gradient: to A, A^g and J.
-    Raises: ValueError for other shapes, types or values.
-    Source: eq. 8, section 3.2.
     """
     _check_features("A", A, labels, J)
     _check_representatives(reps, labels)
@@ -400,21 +455,58 @@ def _unit(x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# RCB and RIB for batches: the same numbers and gradients in little memory
+# The equations together, for one image
+# ---------------------------------------------------------------------------------------------------------
+
+def construct_regions(B: Tensor, C: Tensor, Wg: Tensor, threshold: float = 0.8, cues: str = "both",
+                      join_lone: bool = True) -> tuple[Tensor, Tensor]:
+    """Eqs. 1-5, what `RCB` computes: B [H, W], C [N, H, W] and W^g [k, k] to labels and J, [HW] each.
+
+    Gradient: J's to B, C and W^g.
+    """
+    _check_cues(cues)
+    D = boundary_probability(B)                                 # [HW, HW]  eq. 1
+    E = semantic_divergence(C)                                  # [HW, HW]  eq. 2
+    none = torch.zeros_like(D)
+    F = region_attention(none if cues == "semantic" else D, none if cues == "boundary" else E)     # eq. 3 (R10)
+    Fg = regularize(F, Wg, B.shape)                             # [HW, HW]  eq. 4
+    labels = connected_regions(region_decision(Fg, threshold))  # [HW]
+    if join_lone:
+        labels = join_lone_pixels(labels, Fg)                   # [HW]      R4b
+    return labels, representative_score(Fg, labels)             # [HW]      eq. 5
+
+
+def exchange_context(A: Tensor, J: Tensor, labels: Tensor, K: int = 8, intra: bool = True,
+                     inter: bool = True) -> Tensor:
+    """Eqs. 6-8, what `RIB` computes: A [HW, M], J and labels [HW] to O [HW, M]; intra and inter as there.
+
+    Gradient: to A and J.
+    """
+    reps = select_representatives(J, labels, K)                 # [P]
+    Jp = J[reps][:, None]                                       # [P, 1]
+    JA = J[:, None] * A                                         # [HW, M]
+    Al = intra_region_collection(A, J, labels, reps)[0] if intra else JA[reps]              # [P, M]   eq. 6
+    Ag = inter_region_interaction(Al, J, labels, reps)[0] if inter else Jp * Al             # [P, M]   eq. 7
+    if not intra:
+        return JA.index_add(0, reps, Jp * Ag)                   # [HW, M]  R10
+    return intra_region_distribution(A, Ag, J, labels, reps)[0]     # [HW, M]  eq. 8
+
+
+# ---------------------------------------------------------------------------------------------------------
+# RCB and RIB for batches
 # ---------------------------------------------------------------------------------------------------------
 
 class Regions(NamedTuple):
-    """What `RCB` makes of an image and `RIB` works on."""
+    """What `RCB` makes of images and `RIB` works on."""
     labels: Tensor   # [b, H, W] int64: the region of each pixel, 0..Q-1
-    scores: Tensor   # [b, H, W] in [0, 1]: J, eq. 5
+    J: Tensor        # [b, H, W] in [0, 1]: eq. 5
 
 
 class RCB(nn.Module):
     r"""The region construction block, eqs. 1-5: cuts each image of a batch into regions.
 
-    It takes one image at a time, or a few small ones, and holds one [HW, HW] matrix of B's type and one of
-    bool in the forward pass, one of a byte an entry (two from 257 pixels a side on) in the backward pass, and
-    nothing of that size between them.
+    The same as `construct_regions`, in little memory: one [HW, HW] matrix of B's type and one of bool in the
+    forward pass, one of a byte an entry (two from 257 pixels a side on) in the backward pass, none in between.
 
     Args:
         kernel_size: k of W^g, odd. W^g is the softmax of k x k logits, so that F^g and J stay in [0, 1]; at
@@ -422,19 +514,18 @@ class RCB(nn.Module):
         threshold: tau of eq. 4.
         cues: "both", or "boundary" (F = 1 - D) or "semantic" (F = 1 - E), as in Table 1 (R10).
         joint: False stops the gradient of J at B and C; W^g still receives it.
+        join_lone: False leaves the bare components of G (R4b).
     Gradient: J's to B, C and W^g (first derivatives only); labels carry none.
-    Raises: ValueError for impossible arguments, other shapes or types; for values on the CPU alone, since on
-        a GPU it would have to wait for them.
-    Source: section 3.1 and Figure 3; eq. 5 is from section 3.2.
     """
 
-    def __init__(self, kernel_size: int = 3, threshold: float = 0.8, cues: str = "both", joint: bool = True):
+    def __init__(self, kernel_size: int = 3, threshold: float = 0.8, cues: str = "both", joint: bool = True,
+                 join_lone: bool = True):
         super().__init__()
         _expect(isinstance(kernel_size, int) and kernel_size > 0 and kernel_size % 2 == 1,
                 "kernel_size", "an odd number of pixels", kernel_size)
         _check_threshold(threshold)
-        _expect(cues in ("both", "boundary", "semantic"), "cues", "'both', 'boundary' or 'semantic'", repr(cues))
-        self.threshold, self.cues, self.joint = threshold, cues, joint
+        _check_cues(cues)
+        self.threshold, self.cues, self.joint, self.join_lone = threshold, cues, joint, join_lone
         self.logits = None
         if kernel_size > 1:
             logits = torch.zeros(kernel_size, kernel_size)
@@ -447,239 +538,51 @@ class RCB(nn.Module):
             return torch.ones(1, 1)
         return self.logits.flatten().softmax(0).view_as(self.logits)
 
+    @torch.compiler.disable     # its loops hang on the size of the map and its shapes on the data
     def forward(self, B: Tensor, C: Tensor) -> Regions:
-        """B [b, H, W] in [0, 1] and C [b, N, H, W], probabilities over N, to labels and scores [b, H, W]."""
-        _check_scores("B", B, "[b, H, W]", 3, values=not B.is_cuda)
-        _check_probabilities("C", C, "[b, N, H, W]", 4, values=not C.is_cuda)
+        """B [b, H, W] in [0, 1] and C [b, N, H, W], probabilities over N, to labels and J [b, H, W]."""
+        _check_scores("B", B, "[b, H, W]", 3)
+        _check_probabilities("C", C, "[b, N, H, W]", 4)
         _expect(C[:, 0].shape == B.shape, "C", f"the b, H, W of B, {list(B.shape)}", C)
         with torch.autocast(B.device.type, enabled=False):
             B, C = _at_least_float32(B), _at_least_float32(C)
             if not self.joint:
                 B, C = B.detach(), C.detach()
-            Wg = self.kernel().to(B)
-            few = max(1, 2 ** 22 // B[0].numel() ** 2)          # small images go together, to save on calls
-            with torch.no_grad():
-                parts = zip(B.split(few), C.split(few))
-                parts = [_construct(b, c, Wg, self.threshold, self.cues) for b, c in parts]
-            labels, J = map(torch.cat, zip(*parts))             # [b, HW]
-            images = zip(B, C, J, labels)
-            J = torch.stack([_ScoreGradient.apply(b, c, Wg, j, q, self.cues) for b, c, j, q in images])
+            labels, J = _FewCalls.apply(B, C, self.kernel().to(B), self.threshold, self.cues, self.join_lone)
         return Regions(labels.view(B.shape), J.view(B.shape))
-
-
-def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str) -> tuple[Tensor, Tensor]:
-    """Eqs. 1-5 of a few images [b, H, W] and [b, N, H, W] without autograd: labels and J [b, HW]."""
-    H, W = B.shape[1:]
-    n = H * W
-    buffers = B.new_empty(len(B), n, n)                         # [b, HW, HW]  hold D, then F, then F^g
-    if cues == "semantic":
-        buffers.zero_()
-    else:
-        _walk_lines(buffers, B, max(H, W))
-    labels, J = [], []
-    for F, c in zip(buffers, C.flatten(2)):                     # [HW, HW], [N, HW]
-        for a in range(0, n, 64):                               # 64 rows stay in the processor's cache
-            z = min(a + 64, n)
-            E = 0 if cues == "boundary" else _pair_divergence(c[:, a:z], c[:, a:]).clamp_(0, 1)
-            F[a:z, a:] = (1 - F[a:z, a:]) * (1 - E)             # [rows, HW - a]
-            F[a:z, a:z] = F[a:z, a:z].triu() + F[a:z, a:z].triu(1).T    # up to here only i <= j is filled
-            F[z:, a:z] = F[a:z, z:].T
-            if len(Wg) > 1:
-                F[a:z] = _smooth(F[a:z], Wg, (H, W))
-        G = torch.empty(n, n, dtype=torch.bool, device=B.device)    # [HW, HW]
-        for a in range(0, n, 64):
-            g = (F[a:a + 64, a:] + F[a:, a:a + 64].T) / 2 > threshold       # [rows, HW - a]
-            G[a:a + 64, a:], G[a:, a:a + 64] = g, g.T
-        q = _components(G)                                      # [HW]
-        total = torch.cat([(F[a:a + 64] * (q[a:a + 64, None] == q)).sum(1) for a in range(0, n, 64)])   # [HW]
-        labels.append(q)
-        J.append((total / q.bincount()[q]).clamp_(0, 1))        # mean over the pixels j of i's region
-    return torch.stack(labels), torch.stack(J)
-
-
-def _walk_lines(out: Tensor, B: Tensor, reach: int, steps: bool = False) -> None:
-    """Eq. 1 of images B [b, H, W] into out[:, i, j] for i <= j, or (steps) the first step where it is highest.
-
-    Lines of more than `reach` steps are left out. All lines of the same L (steps along the longer axis) and
-    rise (pixels along the shorter) are walks of one pattern: with the shorter axis laid out at every L-th of
-    a pixel in T, step s of the line from (y, x) is T[y L + s rise, x + s]. That is a strided view, and one
-    maximum over s serves every start.
-    """
-    b, H, W = B.shape
-    n = H * W
-    out.diagonal(0, 1, 2).copy_(torch.zeros_like(B).flatten(1) if steps else B.flatten(1))
-    stride = {"y": n * W + W, "x": n + 1}                       # in out, of i and j moving together
-    for field, rows, cols, x_dim in ((B, "y", "x", -1), (B.mT, "x", "y", -2)):  # the longer axis is cols
-        h, w = field.shape[1:]
-        for L in range(1, min(w - 1, reach) + 1):
-            part = torch.arange(L, device=B.device).to(B.dtype)[:, None] / L    # [L, 1]
-            T = (field[:, :-1, None] + part * field.diff(dim=1)[:, :, None]).flatten(1, 2)
-            T = torch.cat((T, field[:, -1:]), 1)                # [b, (h-1) L + 1, w]
-            T = torch.stack((T, T.flip(x_dim)))         # [2, b, (h-1) L + 1, w]  towards higher x, and lower
-            wide = -(-(w - L) // 64) * 64               # amax is several times faster on rows of whole 64s
-            padded = nn.functional.pad(T.flatten(), (0, wide))
-            for rise in range(min(L, h - 1) + 1):
-                shape, strides = (2, b, L + 1, h - rise, wide), (*T.stride()[:2], rise * w + 1, L * w, 1)
-                walks = padded.as_strided(shape, strides)
-                best = walks[..., :w - L].max(2)[1] if steps else walks.amax(2)     # over s
-                forth, back = best[..., :w - L]                 # [b, h - rise, w - L]
-                dy, dx = (rise, L) if cols == "x" else (L, rise)
-                strides = n * n, stride[rows], stride[cols]
-                out.as_strided(forth.shape, strides, dy * W + dx).copy_(forth)          # (y, x) to (y + dy, x + dx)
-                back = back.flip(x_dim)
-                out.as_strided(forth.shape, strides, dy * W + dx * n).copy_(back)       # (y, x + dx) to (y + dy, x)
-
-
-def _pair_divergence(Ci: Tensor, Cj: Tensor) -> Tensor:
-    """Eq. 2 for pairs: [N, I] and [N, J] to [I, J], as entropies: one logarithm a class and pair.
-    2 E = sum over n of C_i (1 + log C_i) + C_j (1 + log C_j) - 2 U log 2 U."""
-    E = (Ci * (1 + _log2(Ci))).sum(0)[:, None] + (Cj * (1 + _log2(Cj))).sum(0)   # [I, J]
-    for ci, cj in zip(Ci, Cj):
-        U2 = ci[:, None] + cj                                   # [I, J]
-        E.addcmul_(U2, U2.detach().clamp_min(2 * TINY).log2_(), value=-1)
-    return E / 2
-
-
-class _ScoreGradient(torch.autograd.Function):
-    """Hands J through; backward differentiates eqs. 1-5 on the pairs that J depends on, block by block."""
-
-    @staticmethod
-    def forward(ctx, B, C, Wg, J, labels, cues):
-        ctx.save_for_backward(B, C, Wg, labels)
-        ctx.cues = cues
-        return J.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dJ):
-        *inputs, labels = ctx.saved_tensors
-        B, C, Wg = leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, ctx.needs_input_grad)]
-        H, W = B.shape
-        order = labels.argsort(stable=True)                     # [HW]  pixels by region
-        size = labels.bincount()                                # [Q]
-        steps = None
-        if ctx.cues != "semantic":
-            # No line is longer than the widest region, and as much of its surroundings as W^g sees.
-            pixel = torch.arange(H * W, device=B.device)
-            ends = [[size.scatter_reduce(0, labels, at, side, include_self=False) for side in ("amax", "amin")]
-                    for at in (pixel // W, pixel % W)]          # [Q] each: of the regions' rows and columns
-            reach = max(int((last - first).max()) for last, first in ends) + len(Wg) // 2
-            kind = torch.uint8 if max(H, W) <= 256 else torch.int16
-            steps = torch.empty(H * W, H * W, dtype=kind, device=B.device)
-            _walk_lines(steps[None], B.detach()[None], reach, steps=True)
-        # A block has about 128 rows at most and about 2^22 numbers: its pairs times the classes.
-        cost = size[labels[order]].clamp_min(2 ** 15 // len(C)) * len(C)        # [HW]
-        blocks = (cost.cumsum(0) // 2 ** 22).unique_consecutive(return_counts=True)[1].tolist()
-        with torch.enable_grad(), torch.autocast(dJ.device.type, enabled=False):
-            for rows in order.split(blocks):
-                J = _block_scores(B, C, Wg, rows, order, labels, size, steps, ctx.cues)
-                J.backward(dJ[rows])                            # adds to the gradients of the leaves
-        return *(leaf.grad for leaf in leaves), None, None, None
-
-
-def _block_scores(B, C, Wg, rows, order, labels, size, steps, cues):
-    """J of the pixels `rows` (by region), as sum_j share_j F_ij / |R_q|: eq. 4 is carried over from F^g to F.
-
-    share_j = sum of W^g over the offsets that bring a pixel of R_q to j, border replicated: the adjoint of
-    `_smooth` on the indicator of R_q. It is 0 but on R_q and k // 2 pixels around, the columns used here.
-    """
-    H, W = B.shape
-    k = len(Wg)
-    region = labels[rows]                                       # [rows]
-    low, high = region[0], region[-1]
-    members = order[(labels[order] >= low) & (labels[order] <= high)]   # [members]  all pixels of these regions
-    d = torch.arange(k, device=B.device) - k // 2
-    y = (members // W + d[:, None, None]).clamp(0, H - 1)       # [k, 1, members]
-    x = (members % W + d[:, None]).clamp(0, W - 1)              # [k, members]
-    cols, at = (y * W + x).flatten(0, 1).unique(return_inverse=True)    # [cols], [k k, members]
-    at = at + (labels[members] - low) * len(cols)
-    share = Wg.new_zeros((int(high - low) + 1) * len(cols))
-    share = share.scatter_add(0, at.flatten(), Wg.reshape(-1, 1).expand_as(at).flatten())    # over a region's pixels
-    share = share.view(-1, len(cols)).index_select(0, region - low)         # [rows, cols]
-    D = E = 0
-    if cues != "semantic":
-        step = steps[torch.minimum(rows[:, None], cols), torch.maximum(rows[:, None], cols)]
-        D = _on_line(B, rows[:, None], cols, step.long())                               # [rows, cols]
-    if cues != "boundary":
-        E = _pair_divergence(C.flatten(1)[:, rows], C.flatten(1)[:, cols])              # [rows, cols]
-    F = (1 - D) * (1 - E)
-    return (F * share).sum(1) / size[region]                    # [rows]  over the columns j
 
 
 class RIB(nn.Module):
     r"""The region interaction block, eqs. 6-8: exchanges context between the regions of each image.
 
-    It has no parameters. Dense weights are made for a few regions at a time in eqs. 6 and 8, and in eq. 7
-    only from regions of two or more representatives, since a single one has weight 1 for everyone. At worst,
-    with small regions of two pixels and more alone, that is a [P, P] matrix with P = HW.
+    `exchange_context` of each image. It has no parameters.
 
     Args:
-        k: K, the representatives a region (no kernel size).
-        intra: False takes eqs. 6 and 8 out: A^l = J A, and A^g reaches the representatives alone (R10).
+        representatives: K, at most so many of each region.
+        intra: False takes eqs. 6 and 8 out: A^l = J A, and A^g reaches only the representatives (R10).
         inter: False takes eq. 7 out: A^g = J A^l (R10).
-    Gradient: to A and to the scores of the regions.
-    Raises: ValueError for impossible arguments, other shapes or types.
-    Source: section 3.2 and Figure 4.
+    Gradient: to A and to J of the regions.
     """
 
-    def __init__(self, k: int = 8, intra: bool = True, inter: bool = True):
+    def __init__(self, representatives: int = 8, intra: bool = True, inter: bool = True):
         super().__init__()
-        _check_count("k", k)
-        self.k, self.intra, self.inter = k, intra, inter
+        _check_count("representatives", representatives)
+        self.representatives, self.intra, self.inter = representatives, intra, inter
 
+    @torch.compiler.disable     # P, the number of representatives, is another one for every image
     def forward(self, A: Tensor, regions: Regions) -> Tensor:
         """A [b, M, H, W] and the regions of `RCB` to O [b, M, H, W], of A's type."""
-        labels, scores = regions
+        labels, J = regions
         _expect(_is_tensor(A, 4) and A.is_floating_point(), "A", "floating-point features [b, M, H, W]", A)
-        for name, map_ in (("labels", labels), ("scores", scores)):
+        for name, map_ in (("labels", labels), ("J", J)):
             _expect(_is_tensor(map_, 3) and map_.shape == A[:, 0].shape, f"regions.{name}",
                     f"the b, H, W of A, {list(A[:, 0].shape)}", map_)
         with torch.autocast(A.device.type, enabled=False):
             pixels = _at_least_float32(A).flatten(2).mT         # [b, HW, M]
-            images = zip(pixels, scores.flatten(1).to(pixels.dtype), labels.flatten(1))
-            O = torch.stack([self._one_image(*image) for image in images])   # [b, HW, M]
+            images = zip(pixels, J.flatten(1).to(pixels.dtype), labels.flatten(1))
+            O = torch.stack([exchange_context(*image, self.representatives, self.intra, self.inter)
+                             for image in images])              # [b, HW, M]
         return O.mT.reshape(A.shape).to(A.dtype)
-
-    def _one_image(self, A: Tensor, J: Tensor, labels: Tensor) -> Tensor:
-        reps = select_representatives(J.detach(), labels, self.k)            # [P]
-        # Eqs. 6 and 8 stay within a region, so they are taken on a few whole regions at a time: pixels
-        # are put in the order of their regions, as the representatives are, and both are cut alike.
-        order = labels.argsort(stable=True)                     # [HW]
-        place = order.argsort()                                 # [HW]  of each pixel in that order
-        size = labels.bincount()                                # [Q]
-        part = (size.cumsum(0) - size) // 1024                  # [Q]   regions that start within 1024 pixels
-        cuts = [part[labels[x]].unique_consecutive(return_counts=True)[1].tolist() for x in (order, reps)]
-        parts = []
-        for pixels, chosen in zip(order.split(cuts[0]), reps.split(cuts[1])):
-            own = labels[pixels] - labels[pixels[0]]            # 0, 1, ... within the part
-            parts.append((A[pixels], J[pixels], own, place[chosen] - place[pixels[0]]))
-        if self.intra:
-            Al = torch.cat([intra_region_collection(a, j, own, r)[0] for a, j, own, r in parts])   # [P, M]
-        else:
-            Al = (J[:, None] * A)[reps]                         # [P, M]
-        Jp = J[reps]                                            # [P]
-        Ag = _interaction(Al, Jp, labels[reps]) if self.inter else Jp[:, None] * Al             # [P, M]
-        if not self.intra:
-            return (J[:, None] * A).index_add(0, reps, Jp[:, None] * Ag)
-        shares = Ag.split(cuts[1])
-        O = [intra_region_distribution(a, ag, j, own, r)[0] for (a, j, own, r), ag in zip(parts, shares)]
-        return torch.cat(O)[place]                              # [HW, M]
-
-
-def _interaction(Al: Tensor, J: Tensor, region: Tensor) -> Tensor:
-    """Eq. 7 for representatives with scores J [P] and regions [P], without the dense weights."""
-    JAl = J[:, None] * Al                                       # [P, M]
-    peers = region.bincount()[region]                           # [P]  representatives in the same region
-    alone = JAl * (peers == 1)[:, None]
-    Ag = JAl + alone.sum(0) - alone                             # [P, M]  a softmax over one is 1
-    for count in peers[peers > 1].unique().tolist():
-        source = JAl[peers == count]                            # [S count, M]  S regions of `count` each
-        name = region[peers == count][::count]                  # [S]
-        logits = (Al @ source.T).unflatten(1, (-1, count))      # [P, S, count]
-        own = (region[:, None] == name)[..., None]              # [P, S, 1]
-        weights = logits.softmax(2).masked_fill(own, 0)         # softmax over the representatives of each source
-        Ag = Ag + weights.flatten(1) @ source
-    return Ag
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -701,25 +604,25 @@ class Output(NamedTuple):
 class RANet(nn.Module):
     r"""The network: backbone, A, B, C, `RCB`, `RIB`, and the segmentation from [A, BN(O)].
 
-    O is batch-normalised before it meets A: |O| grows with the number of regions, and else the fine loss
-    can shrink it by raising B, towards a region for every pixel (R14). B starts at 0.05, so the first steps
-    see one region and no inter-region context (R13).
+    O is batch-normalised before it meets A, since |O| grows with the number of regions (R14), and it starts
+    small: in the first steps regions mean nothing yet (R14b). B starts at 0.05, so these steps see one region
+    and no inter-region context (R13).
 
     Args:
         backbone: a module from images [b, 3, h, w] to features [b, in_channels, H, W]. Stride 8 in the paper.
         in_channels: the channels of these features.
         num_classes: N.
         channels: M.
-        k, kernel_size, threshold, cues, joint, intra, inter: see `RIB` and `RCB`.
+        representatives, intra, inter: see `RIB`.
+        kernel_size, threshold, cues, joint, join_lone: see `RCB`.
         dropout: the share of feature channels dropped before the classifier.
         context: a module from A [b, M, H, W] to O [b, M, H, W] that takes the place of RCB and RIB.
-    Raises: ValueError for impossible arguments, images or features.
-    Source: section 4; Figures 1-4.
     """
 
     def __init__(self, backbone: nn.Module, in_channels: int, num_classes: int, channels: int = 512, *,
-                 k: int = 8, kernel_size: int = 3, threshold: float = 0.8, cues: str = "both", joint: bool = True,
-                 intra: bool = True, inter: bool = True, dropout: float = 0.1, context: nn.Module | None = None):
+                 representatives: int = 8, kernel_size: int = 3, threshold: float = 0.8, cues: str = "both",
+                 joint: bool = True, join_lone: bool = True, intra: bool = True, inter: bool = True,
+                 dropout: float = 0.1, context: nn.Module | None = None):
         super().__init__()
         for name, count in (("in_channels", in_channels), ("num_classes", num_classes), ("channels", channels)):
             _check_count(name, count)
@@ -731,9 +634,10 @@ class RANet(nn.Module):
         nn.init.constant_(self.boundary.bias, -2.944)           # the logit of 0.05 (R13)
         self.context = context
         if context is None:
-            self.rcb = RCB(kernel_size, threshold, cues, joint)
-            self.rib = RIB(k, intra, inter)
-        self.norm = nn.BatchNorm2d(channels)
+            self.rcb = RCB(kernel_size, threshold, cues, joint, join_lone)
+            self.rib = RIB(representatives, intra, inter)
+        self.norm = nn.BatchNorm2d(channels)                    # (R14)
+        nn.init.constant_(self.norm.weight, 0.25)               # O starts small (R14b)
         self.fuse = nn.Sequential(
             nn.Conv2d(2 * channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
             nn.Dropout2d(dropout))
@@ -786,14 +690,12 @@ def ranet_loss(output: Output, label: Tensor, mask: Tensor, weights: tuple[float
         counts: what to divide by, see `label_counts`; None: this batch's. With n processes that average
             their gradients, the sum of their counts, divided by n.
     Gradient: to the output's logits; to B and C also through O (R4).
-    Raises: ValueError for other shapes, types or labels.
-    Source: section 4.
     """
     N = output.fine.shape[1]
     _expect(_is_tensor(label, 3, torch.int64) and label.shape == output.fine[:, 0].shape,
             "label", f"int64 of shape {list(output.fine[:, 0].shape)}", label)
     _expect(_is_tensor(mask, 3) and mask.shape == label.shape, "mask", f"label's shape, {list(label.shape)}", mask)
-    if not label.is_cuda:
+    if label.device.type == "cpu":
         bad = label[((label < 0) | (label >= N)) & (label != 255)]
         _expect(len(bad) == 0, "label", f"0..{N - 1} or 255", bad[:1].tolist())
     pixels, cells = label_counts(label, mask, output.boundary.shape[1:]) if counts is None else counts
@@ -819,32 +721,291 @@ def label_counts(label: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Nothing from here on is needed to understand the paper.
+# Eqs. 1-5 for `RCB`: the numbers and gradients of `construct_regions`, in little memory and few calls
+# ---------------------------------------------------------------------------------------------------------
+
+def _numbers(x: Tensor) -> int:
+    """How many numbers a block may hold: what a processor's cache takes, or what keeps a GPU busy."""
+    return 2 ** 19 if x.device.type == "cpu" else 2 ** 26
+
+
+def _few_calls(B: Tensor) -> bool:
+    """Whether calls cost more than memory: everywhere but on large maps on a CPU."""
+    return B.device.type != "cpu" or B.shape[-2:].numel() <= 1600
+
+
+class _FewCalls(torch.autograd.Function):
+    """`construct_regions` for a batch: B [b, H, W], C [b, N, H, W], W^g [k, k] to labels and J [b, HW]."""
+
+    @staticmethod
+    def forward(ctx, B, C, Wg, threshold, cues, join_lone):
+        few = max(1, _numbers(B) // B[0].numel() ** 2)          # images together
+        parts = zip(B.split(few), C.split(few))
+        parts = [_construct(b, c, Wg, threshold, cues, join_lone) for b, c in parts]
+        labels, J = map(torch.cat, zip(*parts))                 # [b, HW]
+        ctx.save_for_backward(B, C, Wg, labels)
+        ctx.cues = cues
+        ctx.mark_non_differentiable(labels)
+        return labels, J
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _, dJ):
+        B, C, Wg, labels = ctx.saved_tensors
+        few = max(1, _numbers(B) // B[0].numel() ** 2)
+        grads = []
+        for b, c, q, dj in zip(*(x.split(few) for x in (B, C, labels, dJ))):
+            steps = None
+            if ctx.cues != "semantic":
+                reach = _reach(q, B.shape[2]) + len(Wg) // 2    # no line that counts is longer
+                kind = torch.uint8 if max(B.shape[1:]) <= 256 else torch.int16
+                steps = torch.zeros(len(b), *q.shape[1:] * 2, dtype=kind, device=B.device)     # [few, HW, HW]
+                _lines(steps, b, reach, steps=True)
+            for i in range(len(b)):
+                image = b[i], c[i], Wg, q[i], dj[i], steps if steps is None else steps[i]
+                grads.append(_gradient(*image, ctx.cues, ctx.needs_input_grad))
+        dB, dC, dWg = zip(*grads)
+        return torch.stack(dB), torch.stack(dC), sum(dWg), None, None, None
+
+
+def _construct(B, C, Wg, threshold, cues, join_lone):
+    """Eqs. 1-5 of a few images without autograd."""
+    b, H, W = B.shape
+    n = H * W
+    C = C.flatten(2)                                            # [b, N, HW]
+    F = B.new_zeros(b, n, n)                                    # [b, HW, HW]  holds D, then F, then F^g
+    G = torch.empty(b, n, n, dtype=torch.bool, device=B.device)     # [b, HW, HW]
+    if cues != "semantic":
+        _lines(F, B, max(H, W))
+    rows = max(1, _numbers(B) // (b * n))
+    blocks = [(a, min(a + rows, n)) for a in range(0, n, rows)]
+    for a, z in blocks:
+        E = 0 if cues == "boundary" else _divergence(C[..., a:z], C[..., a:]).clamp_(0, 1)
+        F[:, a:z, a:] = (1 - F[:, a:z, a:]) * (1 - E)           # [b, rows, HW - a]
+        F[:, a:z, a:z] = F[:, a:z, a:z].triu() + F[:, a:z, a:z].triu(1).mT      # up to here only i <= j is filled
+        F[:, z:, a:z] = F[:, a:z, z:].mT
+        if len(Wg) > 1:
+            F[:, a:z] = _smooth(F[:, a:z], Wg, (H, W)).view(b, z - a, n)
+    for a, z in blocks:
+        g = (F[:, a:z, a:] + F[:, a:, a:z].mT) / 2 > threshold  # [b, rows, HW - a]
+        G[:, a:z, a:], G[:, a:, a:z] = g, g.mT
+    labels = _components(G)                                     # [b, HW]
+    if join_lone:
+        labels = torch.stack([_join(q, f) for q, f in zip(labels, F)])
+    J = []
+    for a, z in blocks:
+        same = labels[:, a:z, None] == labels[:, None]          # [b, rows, HW]
+        J.append((F[:, a:z] * same).sum(2) / same.sum(2))       # [b, rows]  mean over the pixels j of i's region
+    return labels, torch.cat(J, 1).clamp_(0, 1)
+
+
+def _divergence(Ci: Tensor, Cj: Tensor) -> Tensor:
+    """Eq. 2 for pairs: [b, N, I] and [b, N, J] to [b, I, J], as entropies: one logarithm a class and pair.
+    2 E = sum over n of C_i (1 + log C_i) + C_j (1 + log C_j) - 2 U log 2 U."""
+    E = (Ci * (1 + _log2(Ci))).sum(1)[:, :, None] + (Cj * (1 + _log2(Cj))).sum(1)[:, None]     # [b, I, J]
+    for ci, cj in zip(Ci.unbind(1), Cj.unbind(1)):
+        U2 = ci[:, :, None] + cj[:, None]                       # [b, I, J]
+        E.addcmul_(U2, U2.clamp_min(2 * TINY).log2_(), value=-1)
+    return E.div_(2)
+
+
+def _lines(out: Tensor, B: Tensor, reach: int, steps: bool = False) -> None:
+    """Eq. 1 of images B [b, H, W] into out[:, i, j] for i <= j, or (steps) the first step where it is highest;
+    lines of more than `reach` steps are left out. All lines of the same L (steps along the longer axis) are read
+    from one table: with the shorter axis laid out at every L-th of a pixel in T, step s of the line from row r
+    and column c to row r2 is T[r L + s (r2 - r), c + s]."""
+    out.diagonal(0, 1, 2).copy_(torch.zeros_like(B).flatten(1) if steps else B.flatten(1))
+    (_gather_lines if _few_calls(B) else _walk_lines)(out, B, reach, steps)
+
+
+def _gather_lines(out: Tensor, B: Tensor, reach: int, steps: bool) -> None:
+    """For all lines of one L, one call gathers their samples and takes the maxima."""
+    b, H, W = B.shape
+    n = H * W
+    flat = out.view(b, n * n).T                                 # [HW HW, b]
+    for axes in ("xy",) if H == W else ("x", "y"):              # the longer axis; a square map takes both at once
+        field = torch.cat([(B if axis == "x" else B.mT).permute(1, 2, 0) for axis in axes], 2)     # [h, w, g]
+        h, w, g = field.shape
+        slope = torch.cat((field.diff(dim=0), torch.zeros_like(field[:1])))     # [h, w, g]
+        c = torch.arange(w, device=B.device)                    # [w]
+        part = c.to(B.dtype)[:, None, None]                     # [w, 1, 1]
+        gap = torch.arange(h, device=B.device)
+        gap = (gap - gap[:, None]).flatten()                    # [h h]  r2 - r of all pairs of rows,
+        order = gap.abs().argsort(stable=True)                  # [h h]  the nearest first
+        gap, r = gap[order], order // h
+        incline = gap[:, None] * w + 1                          # [h h, 1]  from sample to sample in T
+        # A line's place i n + j in out: of the one from column 0, for each L more, from column to column.
+        start = {"x": torch.minimum(r, r + gap) * W * n + torch.maximum(r, r + gap) * W, "y": r * n + r + gap}
+        turn = {"x": torch.where(gap < 0, n, 1), "y": torch.full_like(gap, W)}
+        move = {"x": c * (n + 1), "y": c * (n + 1) * W}
+        start, turn, move = (torch.stack([x[axis] for axis in axes]) for x in (start, turn, move))
+        for L in range(1, min(w - 1, reach) + 1):
+            near = min(L, h - 1)
+            p = h + near * (2 * h - near - 1)                   # so many pairs lie no further apart than L
+            T = field[:, None] + part[:L] / L * slope[:, None]  # [h, L, w, g]
+            first = (r[:p] * (w * L))[:, None]                  # [p, 1]      where the line from column 0 starts in T
+            bags = torch.addcmul(first, incline[:p], c[:L + 1]).flatten()       # [p (L + 1)]
+            wide = (w - L) * g                                  # all columns that a line can start in, side by side
+            T = T.as_strided((h * L * w - (w - L) + 1, wide), (g, 1))
+            ends = torch.arange(0, len(bags), L + 1, device=B.device)           # [p]
+            best, _, _, at = torch.embedding_bag(T, bags, ends, mode=2)         # [p, wide] each; mode 2: the maximum
+            if steps:
+                best = ((at - first) // incline[:p]).to(out.dtype)
+            to = torch.add(start[:, :p], turn[:, :p], alpha=L)[..., None] + move[:, None, :w - L]   # [axes, p, w - L]
+            for place, values in zip(to, best.view(p, w - L, len(axes), b).unbind(2)):
+                flat[place] = values                            # [p, w - L, b]
+
+
+def _walk_lines(out: Tensor, B: Tensor, reach: int, steps: bool) -> None:
+    """For all lines of one L and rise r2 - r, their samples are a strided view of T, and one maximum serves all."""
+    b, H, W = B.shape
+    n = H * W
+    stride = {"y": n * W + W, "x": n + 1}                       # in out, of i and j moving together
+    for field, rows, cols in ((B, "y", "x"), (B.mT, "x", "y")):     # the longer axis is cols
+        h, w = field.shape[1:]
+        for L in range(1, min(w - 1, reach) + 1):
+            part = torch.arange(L, device=B.device).to(B.dtype)[:, None] / L    # [L, 1]
+            T = (field[:, :-1, None] + part * field.diff(dim=1)[:, :, None]).flatten(1, 2)
+            T = torch.cat((T, field[:, -1:]), 1)                # [b, (h-1) L + 1, w]
+            T = torch.stack((T, T.flip(1)))             # [2, b, (h-1) L + 1, w]  towards higher rows, and lower
+            wide = -(-(w - L) // 64) * 64               # amax is several times faster on rows of whole 64s
+            padded = nn.functional.pad(T.flatten(), (0, wide))
+            for rise in range(min(L, h - 1) + 1):
+                shape, strides = (2, b, L + 1, h - rise, wide), (*T.stride()[:2], rise * w + 1, L * w, 1)
+                walks = padded.as_strided(shape, strides)
+                best = walks[..., :w - L].max(2)[1] if steps else walks.amax(2)     # over s
+                forth, back = best[..., :w - L]                 # [b, h - rise, w - L]
+                dy, dx = (rise, L) if cols == "x" else (L, rise)
+                strides = n * n, stride[rows], stride[cols]
+                out.as_strided(forth.shape, strides, out.storage_offset() + dy * W + dx).copy_(forth)
+                out.as_strided(forth.shape, strides, out.storage_offset() + dy * W + dx * n).copy_(back.flip(1))
+
+
+def _reach(labels: Tensor, W: int) -> int:
+    """The longer side of the widest region of images [b, HW]."""
+    b, n = labels.shape
+    pixel = torch.arange(n, device=labels.device).expand(b, n)  # [b, HW]
+    sides = []
+    for at in (pixel // W, pixel % W):
+        last, first = (torch.zeros_like(labels).scatter_reduce(1, labels, at, end, include_self=False)
+                       for end in ("amax", "amin"))             # [b, HW]  by region
+        sides.append((last - first).max())
+    return int(torch.stack(sides).max())
+
+
+def _gradient(B, C, Wg, labels, dJ, steps, cues, needs):
+    """The gradient of sum_i dJ_i J_i for one image. With w_i = dJ_i / |R_q| it is the sum over pairs of
+    w_i share_q(j) F_ij, where share_q(j) is the sum of W^g over the offsets that bring a pixel of R_q to j, border
+    replicated: the adjoint of `_smooth` on the indicator of R_q. It is 0 but on R_q and k // 2 pixels around, so
+    only pairs of these are looked at; each once, since D and E are symmetric."""
+    (H, W), N, k, n = B.shape, len(C), len(Wg), len(labels)
+    flat, C = B.flatten(), C.flatten(1)                         # [HW], [N, HW]
+    dB, dC, dWg = torch.zeros_like(flat), torch.zeros_like(C), torch.zeros_like(Wg)
+    size = labels.bincount()                                    # [Q]
+    order = labels.argsort(stable=True)                         # [HW]  pixels by region
+    d = torch.arange(k, device=B.device) - k // 2
+    for members in [order] if _few_calls(B) else order.split(_groups(size, 512)):
+        q = labels[members] - labels[members[0]]                # [members]  whole regions, from 0
+        Q = int(q[-1]) + 1
+        y = (members // W + d[:, None, None]).clamp(0, H - 1)   # [k, 1, members]
+        x = (members % W + d[:, None]).clamp(0, W - 1)          # [k, members]
+        around = (y * W + x).flatten(0, 1)                      # [k k, members]
+        inside = torch.zeros_like(labels).index_fill(0, around.flatten(), 1)    # [HW]
+        V = inside.nonzero()[:, 0]                              # [v]  the pixels that count
+        v = len(V)
+        at = (inside.cumsum(0) - 1)[around] + q * v             # [k k, members]  in a [Q, v] matrix
+        share = Wg.new_zeros(Q * v).scatter_add(0, at.flatten(), Wg.reshape(-1, 1).expand_as(at).flatten()).view(Q, v)
+        place = (inside.cumsum(0) - 1)[members]                 # [members]  in V
+        w, region = flat.new_zeros(v), labels.new_zeros(v)      # [v] each; what only lies around has w = 0
+        w[place], region[place] = dJ[members] / size[labels[members]], q
+        wide = w * (region == torch.arange(Q, device=B.device)[:, None])        # [Q, v]
+        X = torch.zeros_like(share)                             # [Q, v]  sum over i of w_i F_ij
+        c = C[:, V]                                             # [N, v]
+        own = 1 + _log2(c)                                      # [N, v]
+        entropy = (c * own).sum(0)                              # [v]
+        dc = torch.zeros_like(c)
+        rows = max(1, _numbers(B) // v)
+        for a in range(0, v, rows):
+            r, s = slice(a, a + rows), slice(a, v)              # rows, and the columns not yet met as rows
+            omega = w[r, None] * share[:, s].index_select(0, region[r])         # [r, s]
+            omega += (w[s, None] * share[:, r].index_select(0, region[s])).T
+            omega = omega.triu_()                               # each pair once,
+            omega.diagonal().div_(2)                            # but for i = j, which was added twice
+            D = E = 0
+            if cues != "semantic":
+                # Of the rows' own pairs the lower half reads steps that were never set: 0, and omega is 0.
+                step = steps.index_select(0, V[r]).index_select(1, V[s])
+                near, far, part = _line(V[r, None].int(), V[s].int(), step.int(), W, B.dtype)
+                lower, upper = (flat.index_select(0, at_.flatten()).view(part.shape) for at_ in (near, far))
+                D = lower + part * (upper - lower)              # [r, s]
+            dE = omega * (D - 1)                                # [r, s]
+            if cues != "boundary":
+                E = entropy[r, None] + entropy[s]               # [r, s]
+                for m in range(N):
+                    U2 = c[m, r, None] + c[m, s]                # [r, s]
+                    log = U2.clamp_min(2 * TINY).log2_()
+                    E.addcmul_(U2, log, value=-1)
+                    if needs[1]:
+                        log *= dE
+                        dc[m, r] -= log.sum(1)                  # over the columns
+                        dc[m, s] -= log.sum(0)                  # over the rows
+                E = E.div_(2).clamp_(0, 1)
+                dc[:, r] += own[:, r] * dE.sum(1)
+                dc[:, s] += own[:, s] * dE.sum(0)
+            if cues != "semantic" and needs[0]:
+                dD = omega * (E - 1)                            # [r, s]
+                dB.index_add_(0, near.flatten(), (dD * (1 - part)).flatten())
+                dB.index_add_(0, far.flatten(), (dD * part).flatten())
+            if needs[2] and k > 1:
+                F = ((1 - D) * (1 - E)).triu_()                 # [r, s]
+                X[:, s] += wide[:, r] @ F
+                X[:, r] += wide[:, s] @ F.triu(1).T
+        dC.index_add_(1, V, dc / 2)
+        dWg += X.view(-1).index_select(0, at.flatten()).view(k, k, -1).sum(2)   # over the members
+    return dB.view_as(B), dC.view(N, H, W), dWg
+
+
+def _groups(size: Tensor, pixels: int) -> list[int]:
+    """How many pixels, by region, to take together: whole regions that start within the same `pixels`."""
+    part = ((size.cumsum(0) - size) // pixels).repeat_interleave(size)          # [HW]
+    return part.unique_consecutive(return_counts=True)[1].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Bad input: one line that names the argument, what was expected and what came
 # ---------------------------------------------------------------------------------------------------------
 
 def _expect(ok: bool, name: str, expected: str, got) -> None:
     if not ok:
         if isinstance(got, Tensor):
-            got = f"{str(got.dtype).removeprefix('torch.')} {list(got.shape)}"
+            got = f"{_name(got.dtype)} {list(got.shape)}"
+        elif not isinstance(got, (str, int, float, list)):
+            got = type(got).__name__
         raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.") if dtype else "floating-point"
 
 
 def _is_tensor(x, dims: int, dtype: torch.dtype | None = None) -> bool:
     return isinstance(x, Tensor) and x.dim() == dims and 0 not in x.shape and dtype in (None, x.dtype)
 
 
-def _check_scores(name: str, x: Tensor, shape: str, dims: int, values: bool = True, length: int | None = None):
-    _expect(_is_tensor(x, dims) and x.is_floating_point(), name, f"floating-point scores {shape}", x)
+def _check_scores(name: str, x: Tensor, shape: str, dims: int, length: int | None = None,
+                  dtype: torch.dtype | None = None) -> None:
+    _expect(_is_tensor(x, dims, dtype) and x.is_floating_point(), name, f"{_name(dtype)} scores {shape}", x)
     _expect(length in (None, len(x)), name, f"a score for each of {length} pixels", x)
-    if values:
+    if x.device.type == "cpu":
         low, high = (bound.item() for bound in x.detach().aminmax())
         fine = low >= -1e-6 and high <= 1 + 1e-6                # what rounding may add; NaN fails
         _expect(fine, name, "scores in [0, 1]", f"values from {low:g} to {high:g}")
 
 
-def _check_probabilities(name: str, x: Tensor, shape: str, dims: int, values: bool = True) -> None:
-    _check_scores(name, x, shape, dims, values)
-    if values:
+def _check_probabilities(name: str, x: Tensor, shape: str, dims: int) -> None:
+    _check_scores(name, x, shape, dims)
+    if x.device.type == "cpu":
         sums = x.detach().sum(-3)                               # over the classes
         worst = sums.flatten()[(sums - 1).abs().argmax()].item()
         _expect(abs(worst - 1) <= 1e-2, name, "a sum of 1 over the classes", f"a sum of {worst:g}")
@@ -858,12 +1019,15 @@ def _check_pairs(name: str, x: Tensor) -> None:
 def _check_matrix(name: str, x: Tensor, rows: int, columns: int | None = None) -> None:
     _expect(_is_tensor(x, 2) and x.is_floating_point() and len(x) == rows and columns in (None, x.shape[1]),
             name, f"floating-point [{rows}, {columns or 'M'}]", x)
-    _expect(bool(x.isfinite().all()), name, "finite features", "inf or nan")
+    if x.device.type == "cpu":
+        _expect(bool(x.isfinite().all()), name, "finite features", "inf or nan")
 
 
 def _check_labels(labels: Tensor, length: int | None = None) -> None:
     _expect(_is_tensor(labels, 1, torch.int64) and length in (None, len(labels)),
             "labels", f"int64 [{length or 'HW'}]", labels)
+    if labels.device.type != "cpu":
+        return
     low, high = int(labels.min()), int(labels.max())
     ok = low == 0 and high < len(labels) and bool((labels.bincount() > 0).all())
     _expect(ok, "labels", "regions 0..Q-1, none of them empty", f"numbers from {low} to {high}")
@@ -872,16 +1036,22 @@ def _check_labels(labels: Tensor, length: int | None = None) -> None:
 def _check_features(name: str, A: Tensor, labels: Tensor, J: Tensor) -> None:
     _check_labels(labels)
     _check_matrix(name, A, len(labels))
-    _check_scores("J", J, "[HW]", 1, length=len(labels))
+    _check_scores("J", J, "[HW]", 1, len(labels), A.dtype)
 
 
 def _check_representatives(reps: Tensor, labels: Tensor) -> None:
     _expect(_is_tensor(reps, 1, torch.int64), "reps", "int64 [P]", reps)
+    if reps.device.type != "cpu":
+        return
     inside = int(reps.min()) >= 0 and int(reps.max()) < len(labels)
     _expect(inside, "reps", f"pixels 0..{len(labels) - 1}", f"numbers from {int(reps.min())} to {int(reps.max())}")
     by_region = bool((labels[reps].diff() >= 0).all()) and len(labels[reps].unique()) == int(labels.max()) + 1
     ok = by_region and len(reps.unique()) == len(reps)
     _expect(ok, "reps", "different pixels of every region, by region", reps.tolist()[:9])
+
+
+def _check_cues(cues: str) -> None:
+    _expect(cues in ("both", "boundary", "semantic"), "cues", "'both', 'boundary' or 'semantic'", repr(cues))
 
 
 def _check_threshold(threshold: float) -> None:

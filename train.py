@@ -192,7 +192,7 @@ def build(args, num_classes: int, weights: str = "none") -> ranet.RANet:
     M = 64 if args.backbone == "small" else 512
     contexts = {"none": lambda M: NoContext(), "spp": PyramidPooling, "nonlocal": NonLocal}
     context = contexts[args.context](M) if args.context != "ranet" else None
-    return ranet.RANet(backbone, in_channels, num_classes, M, k=args.k, cues=args.cues,
+    return ranet.RANet(backbone, in_channels, num_classes, M, representatives=args.k, cues=args.cues,
                        intra=not args.no_intra, inter=not args.no_inter, context=context)
 
 
@@ -231,11 +231,11 @@ def mean(x: Tensor, world: int) -> Tensor:
 
 def region_statistics(output: ranet.Output) -> list[float]:
     """Q, the share of single-pixel regions in the map, and the means of B and J, over all images (R14)."""
-    labels, scores = output.regions
+    labels, J = output.regions
     sizes = [image.flatten().bincount() for image in labels]
     Q = sum(len(size) for size in sizes) / len(sizes)
     singles = sum((size == 1).sum().item() for size in sizes) / labels.numel()
-    return [Q, singles, output.boundary.sigmoid().mean().item(), scores.mean().item()]
+    return [Q, singles, output.boundary.sigmoid().mean().item(), J.mean().item()]
 
 
 def train(args, rank: int, world: int, device: torch.device) -> None:
@@ -574,8 +574,8 @@ def draw_overview(model: nn.Module, data, args, device: torch.device, path: Path
         B = (255 * output.boundary[0].float().sigmoid()).byte().cpu().expand(3, -1, -1)     # [3, H, W]
         row = {"image": tile(image), "label": tile(colorize(label, data.palette)), "boundary B": tile(B)}
         if output.regions is not None:
-            labels, scores = output.regions
-            row["regions, representatives"] = draw_regions(labels[0], scores[0], args.k)
+            labels, J = output.regions
+            row["regions, representatives"] = draw_regions(labels[0], J[0], args.k)
         for name, logits in (("coarse result C", output.coarse), ("fine result", output.fine)):
             row[name] = tile(colorize(logits[0].argmax(0), data.palette))
         rows.append(row)
@@ -605,17 +605,17 @@ def tile(image: Tensor, side: int = TILE) -> Image.Image:
     return as_picture(image).resize((side, side), Image.Resampling.NEAREST)
 
 
-def draw_regions(labels: Tensor, scores: Tensor, k: int) -> Image.Image:
+def draw_regions(labels: Tensor, J: Tensor, K: int) -> Image.Image:
     """Regions in arbitrary colours, their representatives as dots; regions of one pixel in grey."""
     H, W = labels.shape
-    labels, scores = labels.flatten().cpu(), scores.flatten().cpu()     # [HW] each
+    labels, J = labels.flatten().cpu(), J.flatten().cpu()       # [HW] each
     size = labels.bincount()                                    # [Q]
     hues = ((size > 1).cumsum(0) * 0.618).frac().tolist()       # [Q]  the golden ratio keeps neighbours apart
     colours = torch.tensor([colorsys.hsv_to_rgb(hue, 0.6, 0.95) for hue in hues])   # [Q, 3]
     colours[size == 1] = 0.3
     picture = tile((255 * colours[labels]).byte().T.reshape(3, H, W))
     pen = ImageDraw.Draw(picture)
-    reps = ranet.select_representatives(scores, labels, k)      # [P]
+    reps = ranet.select_representatives(J, labels, K)      # [P]
     for p in reps[size[labels[reps]] > 1].tolist():
         y, x = (p // W + 0.5) * TILE / H, (p % W + 0.5) * TILE / W
         pen.ellipse((x - 3, y - 3, x + 3, y + 3), "white", "black")

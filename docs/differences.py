@@ -50,7 +50,7 @@ def without_end_points(B: Tensor) -> Tensor:
 
 def regions_of(D: Tensor, E: Tensor, size: tuple[int, int], threshold: float, Wg: Tensor) -> tuple[Tensor, Tensor]:
     Fg = ranet._smooth((1 - D) * (1 - E), Wg, size)
-    return ranet._components((Fg + Fg.T) / 2 > threshold), Fg
+    return ranet.connected_regions((Fg + Fg.T) / 2 > threshold), Fg
 
 
 def end_points_and_threshold(labels: list[Tensor], N: int) -> None:
@@ -59,9 +59,7 @@ def end_points_and_threshold(labels: list[Tensor], N: int) -> None:
     for label in labels:
         B, C = maps(label, N, size)
         E = ranet.semantic_divergence(C)
-        D = torch.empty(1, B.numel(), B.numel())
-        ranet._walk_lines(D, B[None], max(size))
-        D = D[0].triu() + D[0].triu(1).T
+        D = ranet.boundary_probability(B)
         for name, matrix in (("with", D), ("without", without_end_points(B))):
             for threshold in (0.5, 0.65, 0.8):
                 count = regions_of(matrix, E, size, threshold, ranet.RCB().kernel())[0].bincount()
@@ -104,13 +102,34 @@ def size_of_O(labels: list[Tensor], N: int) -> None:
         rows = []
         for seed, label in enumerate(labels):
             B, C = maps(label, N, size)
-            regions = ranet.RCB(threshold=threshold)(B[None], C[None])
+            regions = ranet.RCB(threshold=threshold, join_lone=False)(B[None], C[None])
             A = torch.randn(1, 512, *size, generator=torch.Generator().manual_seed(seed)).relu() / 10
             O = ranet.RIB()(A, regions)
             count = regions.labels.flatten().bincount()
             rows.append((len(count), (count == 1).sum() / len(count), O.norm() / A.norm()))
         Q, alone, ratio = torch.tensor(rows).mean(0).tolist()
         print(f"| {threshold} | {Q:.0f} | {alone:.0%} | {ratio:.0f} |")
+
+
+def region_sizes(labels: list[Tensor], N: int) -> None:
+    side = 97
+    print(f"\nR4b. Regions at {side} x {side}, k = 3, tau = 0.8 (means over {len(labels)} label maps, in brackets the "
+          "lowest and the highest of one map):\n")
+    print("| lone pixels | cues | Q | pixels a region | lone pixels, share of all | regions of more than 20 pixels | P (K = 8) |")
+    print("|" + "---|" * 7)
+    for join in (False, True):
+        for cues in ("both", "boundary", "semantic"):
+            rows = []
+            for label in labels:
+                B, C = maps(label, N, (side, side))
+                count = ranet.RCB(cues=cues, join_lone=join)(B[None], C[None]).labels.flatten().bincount()
+                rows.append((len(count), side ** 2 / len(count), (count == 1).sum() / side ** 2, (count > 20).sum(),
+                             count.clamp_max(8).sum()))
+            rows = torch.tensor(rows)
+            Q, size, lone, large, P = rows.mean(0).tolist()
+            low, high = rows[:, 1].aminmax()
+            print(f"| {'join' if join else 'stay'} | {cues} | {Q:.1f} | {size:.0f} ({low:.0f}-{high:.0f}) | {lone:.1%} | "
+                  f"{large:.1f} | {P:.0f} |", flush=True)
 
 
 def boundary_target(labels: list[Tensor]) -> None:
@@ -161,6 +180,7 @@ def main() -> None:
     data = load("folder", args.root, "val")
     labels = [data[i * len(data) // args.images][1].as_subclass(Tensor) for i in range(args.images)]
     N = len(data.classes)
+    region_sizes(labels[::2], N)
     thin_walls()
     end_points_and_threshold(labels, N)
     size_of_O(labels, N)

@@ -227,7 +227,7 @@ SCENES = {
     "objects": "5 x 5 objects",
     "one": "one region",
     "pixels": "every pixel a region",
-    "cells": "cells of 3 x 3 pixels",
+    "cells": "cells of 2 x 2 pixels",
 }
 for key, words in SCENES.items():
     BLOCKS[key] = (f"RANet, {words}", "RCB and RIB", lambda M, n: RegionAttention())
@@ -243,8 +243,8 @@ def scene(kind: str, n: int, N: int) -> tuple[Tensor, Tensor]:
         edge = torch.cat((edge, edge + 1))                      # both sides of each border
         B[edge] = B[:, edge] = 0.9
     elif kind == "cells":                                       # the most representatives in regions of several
-        k = at // 4
-        wall = at % 4 == 3
+        k = at // 3
+        wall = at % 3 == 2
         B = torch.where(wall | wall[:, None], 0.9, 0.05)        # [n, n]
     else:
         k = torch.zeros_like(at)
@@ -549,9 +549,9 @@ def speeds(device: str) -> dict[str, float]:
 
 
 PARTS = {
-    "_walk_lines": "eq. 1", "_pair_divergence": "eq. 2", "_smooth": "eq. 4, smoothing", "_components": "regions",
-    "_block_scores": "eq. 5 again, for its gradient", "select_representatives": "representatives",
-    "intra_region_collection": "eq. 6", "_interaction": "eq. 7", "intra_region_distribution": "eq. 8"}
+    "_lines": "eq. 1", "_divergence": "eq. 2", "_smooth": "eq. 4, smoothing", "_components": "regions",
+    "_join": "lone pixels", "_gradient": "eqs. 2-5 again, for the gradient", "select_representatives": "representatives",
+    "intra_region_collection": "eq. 6", "inter_region_interaction": "eq. 7", "intra_region_distribution": "eq. 8"}
 
 
 def profile(n: int, M: int, N: int, rounds: int, device: str) -> None:
@@ -575,8 +575,6 @@ def profile(n: int, M: int, N: int, rounds: int, device: str) -> None:
     with contextlib.ExitStack() as stack:
         for name, part in PARTS.items():
             stack.enter_context(mock.patch.object(ranet, name, timed(part, getattr(ranet, name))))
-        backward = staticmethod(timed("autograd over these pairs", ranet._ScoreGradient.backward))
-        stack.enter_context(mock.patch.object(ranet._ScoreGradient, "backward", backward))
         for i in range(rounds + 1):
             if i <= 1:
                 spent.clear()                                   # the first call of everything is slow

@@ -48,14 +48,14 @@ def equations(model: ranet.RANet, image: Tensor) -> SimpleNamespace:
     F = ranet.region_attention(D, E)                            # [HW, HW]
     Fg = ranet.regularize(F, model.rcb.kernel(), tuple(B.shape))    # [HW, HW]
     G = ranet.region_decision(Fg, model.rcb.threshold)          # [HW, HW]
-    labels = ranet.connected_regions(G)                         # [HW]
+    labels = ranet.join_lone_pixels(ranet.connected_regions(G), Fg)     # [HW]
     J = ranet.representative_score(Fg, labels)                  # [HW]
-    reps = ranet.select_representatives(J, labels, model.rib.k)     # [P]
+    reps = ranet.select_representatives(J, labels, model.rib.representatives)   # [P]
     Al, Wl = ranet.intra_region_collection(A, J, labels, reps)      # [P, M], [P, HW]
     Ag, Wi = ranet.inter_region_interaction(Al, J, labels, reps)    # [P, M], [P, P]
     O, Wd = ranet.intra_region_distribution(A, Ag, J, labels, reps)     # [HW, M], [HW, P]
     return SimpleNamespace(B=B, C=C, D=D, E=E, F=F, Fg=Fg, G=G, labels=labels, J=J, reps=reps, Wl=Wl, Wi=Wi,
-                           O=O, Wd=Wd, K=model.rib.k)
+                           O=O, Wd=Wd, K=model.rib.representatives)
 
 
 def largest(maps: SimpleNamespace, n: int) -> list[Tensor]:
@@ -199,8 +199,8 @@ def growth(steps: tuple[int, ...] = STEPS, flags: tuple[str, ...] = ()) -> Image
             model.load_state_dict(kept[step]["model"])
         for row, image in zip(rows, scenes):
             with torch.no_grad():
-                labels, scores = model(normalize(image)[None]).regions      # [1, H, W] each
-            row.append((train.draw_regions(labels[0], scores[0], args.k), f"Q = {int(labels.max()) + 1}"))
+                labels, J = model(normalize(image)[None]).regions       # [1, H, W] each
+            row.append((train.draw_regions(labels[0], J[0], args.k), f"Q = {int(labels.max()) + 1}"))
     legend = "Colours: regions. Dark grey: regions of one pixel. Dots: representatives."
     return arrange(["image", *(f"step {step}" for step in steps)], rows, legend, scale=False)
 

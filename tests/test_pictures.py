@@ -11,9 +11,8 @@ import data
 import ranet
 import train
 
-ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT / "docs"))
-import pictures  # noqa: E402
+ROOT = Path(__file__).parent.parent
+import pictures
 
 torch.set_num_threads(1)
 close = torch.testing.assert_close
@@ -97,7 +96,7 @@ def test_maps_are_those_of_the_network(drawn):
     assert (size > maps.K).sum() == 2 and ((1 < size) & (size < maps.K)).any() and (size == 1).any()
     assert maps.Wl.max() > 0.1 and maps.Wd[maps.Wd > 0].min() < 0.01    # a case with something to see
     assert torch.equal(maps.labels, regions.labels.flatten())
-    close(maps.J, regions.scores.flatten())
+    close(maps.J, regions.J.flatten())
     close(maps.O, O[0].flatten(1).T, rtol=1e-4, atol=1e-4)
 
 
@@ -181,8 +180,8 @@ def test_growth_draws_each_step_with_the_weights_it_had(trained):
             image = train.middle(data.Shapes("val")[scene][0], 40)
             assert image.shape == (3, 40, 40)
             with torch.inference_mode():
-                labels, scores = model(data.normalize(image)[None]).regions
-            want = train.draw_regions(labels[0], scores[0], args.k)
+                labels, J = model(data.normalize(image)[None]).regions
+            want = train.draw_regions(labels[0], J[0], args.k)
             left, top = pictures.GAP + column * (train.TILE + pictures.GAP), 24 + row * (train.TILE + 18 + pictures.GAP)
             got = picture.crop((left, top, left + train.TILE, top + train.TILE))
             assert got.tobytes() == want.tobytes()

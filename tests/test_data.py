@@ -18,7 +18,7 @@ from PIL import Image
 import data
 from test_ranet import close, sizes, tensors
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 
 
 def write_picture(path, array, **options):

@@ -8,7 +8,7 @@ import pytest
 
 import ranet
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 
 # ------------------------------------------------------------------------------------- docs
 

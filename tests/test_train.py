@@ -24,7 +24,7 @@ TINY = ["--crop", "32", "--batch", "4", "--workers", "0"]
 # What a child process runs: few scenes, one thread.
 CHILD = f"""
 import sys
-sys.path.insert(0, {str(HERE)!r})
+sys.path[:0] = {str(HERE)!r}, {str(Path(__file__).parent)!r}
 import torch, data, train, {Path(__file__).stem} as tests
 torch.set_num_threads(1)
 data.Shapes.splits = dict(train=16, val=3, test=3)

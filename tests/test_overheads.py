@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT / "docs"))
-import overheads  # noqa: E402
+ROOT = Path(__file__).parent.parent
+import overheads
 
 torch.set_num_threads(1)
 close = torch.testing.assert_close
