@@ -93,7 +93,7 @@ def test_maps_are_those_of_the_network(drawn):
     hook.remove()
     regions, O = seen
     size = maps.labels.bincount()
-    assert (size > maps.K).sum() == 2 and ((1 < size) & (size < maps.K)).any() and (size == 1).any()
+    assert (size > maps.K).sum() >= 2 and (size > 1).all()
     assert maps.Wl.max() > 0.1 and maps.Wd[maps.Wd > 0].min() < 0.01    # a case with something to see
     assert torch.equal(maps.labels, regions.labels.flatten())
     close(maps.J, regions.J.flatten())
