@@ -506,7 +506,8 @@ class RCB(nn.Module):
     r"""The region construction block, eqs. 1-5: cuts each image of a batch into regions.
 
     The same as `construct_regions`, in little memory: one [HW, HW] matrix of B's type and one of bool in the
-    forward pass, one of a byte an entry (two from 257 pixels a side on) in the backward pass, none in between.
+    forward pass, one of a byte a pair (two from 257 pixels a side on) in the backward pass; that one is kept in
+    between for small maps and on devices other than the CPU, where finding it again costs more calls than it is worth.
 
     Args:
         kernel_size: k of W^g, odd. W^g is the softmax of k x k logits, so that F^g and J stay in [0, 1]; at
@@ -740,11 +741,12 @@ class _FewCalls(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, B, C, Wg, threshold, cues, join_lone):
+        steps = _no_steps(B) if _few_calls(B) and cues != "semantic" and any(ctx.needs_input_grad) else None
         few = max(1, _numbers(B) // B[0].numel() ** 2)          # images together
-        parts = zip(B.split(few), C.split(few))
-        parts = [_construct(b, c, Wg, threshold, cues, join_lone) for b, c in parts]
+        parts = zip(B.split(few), C.split(few), [None] * len(B) if steps is None else steps.split(few))
+        parts = [_construct(*part, Wg, threshold, cues, join_lone) for part in parts]
         labels, J = map(torch.cat, zip(*parts))                 # [b, HW]
-        ctx.save_for_backward(B, C, Wg, labels)
+        ctx.save_for_backward(B, C, Wg, labels, steps)
         ctx.cues = cues
         ctx.mark_non_differentiable(labels)
         return labels, J
@@ -752,24 +754,27 @@ class _FewCalls(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, _, dJ):
-        B, C, Wg, labels = ctx.saved_tensors
-        few = max(1, _numbers(B) // B[0].numel() ** 2)
+        B, C, Wg, labels, kept = ctx.saved_tensors
         grads = []
-        for b, c, q, dj in zip(*(x.split(few) for x in (B, C, labels, dJ))):
-            steps = None
-            if ctx.cues != "semantic":
-                reach = _reach(q, B.shape[2]) + len(Wg) // 2    # no line that counts is longer
-                kind = torch.uint8 if max(B.shape[1:]) <= 256 else torch.int16
-                steps = torch.zeros(len(b), *q.shape[1:] * 2, dtype=kind, device=B.device)     # [few, HW, HW]
-                _lines(steps, b, reach, steps=True)
-            for i in range(len(b)):
-                image = b[i], c[i], Wg, q[i], dj[i], steps if steps is None else steps[i]
-                grads.append(_gradient(*image, ctx.cues, ctx.needs_input_grad))
+        for i in range(len(B)):
+            steps = None if kept is None else kept[i]
+            if steps is None and ctx.cues != "semantic":
+                steps = _no_steps(B[i:i + 1])                   # [1, HW, HW]
+                _walk_lines(B[i:i + 1], _reach(labels[i], B.shape[2]) + len(Wg) // 2, steps=steps)
+                steps = steps[0]
+            image = B[i], C[i], Wg, labels[i], dJ[i], steps
+            grads.append(_gradient(*image, ctx.cues, ctx.needs_input_grad))
         dB, dC, dWg = zip(*grads)
         return torch.stack(dB), torch.stack(dC), sum(dWg), None, None, None
 
 
-def _construct(B, C, Wg, threshold, cues, join_lone):
+def _no_steps(B: Tensor) -> Tensor:
+    """Room for the step of each line's highest sample, [b, HW, HW]: a byte a pair up to 256 pixels a side."""
+    n, kind = B[0].numel(), torch.uint8 if max(B.shape[1:]) <= 256 else torch.int16
+    return torch.zeros(len(B), n, n, dtype=kind, device=B.device)
+
+
+def _construct(B, C, steps, Wg, threshold, cues, join_lone):
     """Eqs. 1-5 of a few images without autograd."""
     b, H, W = B.shape
     n = H * W
@@ -777,7 +782,8 @@ def _construct(B, C, Wg, threshold, cues, join_lone):
     F = B.new_zeros(b, n, n)                                    # [b, HW, HW]  holds D, then F, then F^g
     G = torch.empty(b, n, n, dtype=torch.bool, device=B.device)     # [b, HW, HW]
     if cues != "semantic":
-        _lines(F, B, max(H, W))
+        F.diagonal(0, 1, 2).copy_(B.flatten(1))
+        _gather_lines(B, F, steps) if _few_calls(B) else _walk_lines(B, max(H, W), F)
     rows = max(1, _numbers(B) // (b * n))
     blocks = [(a, min(a + rows, n)) for a in range(0, n, rows)]
     for a, z in blocks:
@@ -810,20 +816,15 @@ def _divergence(Ci: Tensor, Cj: Tensor) -> Tensor:
     return E.div_(2)
 
 
-def _lines(out: Tensor, B: Tensor, reach: int, steps: bool = False) -> None:
-    """Eq. 1 of images B [b, H, W] into out[:, i, j] for i <= j, or (steps) the first step where it is highest;
-    lines of more than `reach` steps are left out. All lines of the same L (steps along the longer axis) are read
-    from one table: with the shorter axis laid out at every L-th of a pixel in T, step s of the line from row r
-    and column c to row r2 is T[r L + s (r2 - r), c + s]."""
-    out.diagonal(0, 1, 2).copy_(torch.zeros_like(B).flatten(1) if steps else B.flatten(1))
-    (_gather_lines if _few_calls(B) else _walk_lines)(out, B, reach, steps)
+# Eq. 1 of images B [b, H, W] for the pairs i < j: the highest sample into D [b, HW, HW], the first step where it is met
+# into steps. All lines of the same L (steps along the longer axis) are read from one table: with the shorter axis laid
+# out at every L-th of a pixel in T, step s of the line from row r and column c to row r2 is T[r L + s (r2 - r), c + s].
 
-
-def _gather_lines(out: Tensor, B: Tensor, reach: int, steps: bool) -> None:
+def _gather_lines(B: Tensor, D: Tensor, steps: Tensor | None) -> None:
     """For all lines of one L, one call gathers their samples and takes the maxima."""
     b, H, W = B.shape
     n = H * W
-    flat = out.view(b, n * n).T                                 # [HW HW, b]
+    D, steps = (x if x is None else x.view(b, n * n).T for x in (D, steps))     # [HW HW, b]
     for axes in ("xy",) if H == W else ("x", "y"):              # the longer axis; a square map takes both at once
         field = torch.cat([(B if axis == "x" else B.mT).permute(1, 2, 0) for axis in axes], 2)     # [h, w, g]
         h, w, g = field.shape
@@ -835,12 +836,12 @@ def _gather_lines(out: Tensor, B: Tensor, reach: int, steps: bool) -> None:
         order = gap.abs().argsort(stable=True)                  # [h h]  the nearest first
         gap, r = gap[order], order // h
         incline = gap[:, None] * w + 1                          # [h h, 1]  from sample to sample in T
-        # A line's place i n + j in out: of the one from column 0, for each L more, from column to column.
+        # A line's place i n + j in D: of the one from column 0, for each L more, from column to column.
         start = {"x": torch.minimum(r, r + gap) * W * n + torch.maximum(r, r + gap) * W, "y": r * n + r + gap}
         turn = {"x": torch.where(gap < 0, n, 1), "y": torch.full_like(gap, W)}
         move = {"x": c * (n + 1), "y": c * (n + 1) * W}
         start, turn, move = (torch.stack([x[axis] for axis in axes]) for x in (start, turn, move))
-        for L in range(1, min(w - 1, reach) + 1):
+        for L in range(1, w):
             near = min(L, h - 1)
             p = h + near * (2 * h - near - 1)                   # so many pairs lie no further apart than L
             T = field[:, None] + part[:L] / L * slope[:, None]  # [h, L, w, g]
@@ -850,15 +851,19 @@ def _gather_lines(out: Tensor, B: Tensor, reach: int, steps: bool) -> None:
             T = T.as_strided((h * L * w - (w - L) + 1, wide), (g, 1))
             ends = torch.arange(0, len(bags), L + 1, device=B.device)           # [p]
             best, _, _, at = torch.embedding_bag(T, bags, ends, mode=2)         # [p, wide] each; mode 2: the maximum
-            if steps:
-                best = ((at - first) // incline[:p]).to(out.dtype)
             to = torch.add(start[:, :p], turn[:, :p], alpha=L)[..., None] + move[:, None, :w - L]   # [axes, p, w - L]
-            for place, values in zip(to, best.view(p, w - L, len(axes), b).unbind(2)):
-                flat[place] = values                            # [p, w - L, b]
+            results = [(D, best)]
+            if steps is not None:
+                results.append((steps, ((at - first) // incline[:p]).to(steps.dtype)))
+            for out, found in results:
+                for place, values in zip(to, found.view(p, w - L, len(axes), b).unbind(2)):
+                    out[place] = values                         # [p, w - L, b]
 
 
-def _walk_lines(out: Tensor, B: Tensor, reach: int, steps: bool) -> None:
-    """For all lines of one L and rise r2 - r, their samples are a strided view of T, and one maximum serves all."""
+def _walk_lines(B: Tensor, reach: int, D: Tensor | None = None, steps: Tensor | None = None) -> None:
+    """For all lines of one L and rise r2 - r, their samples are a strided view of T, and one maximum serves all.
+    Fills D or steps; lines of more than `reach` steps are left out."""
+    out = D if steps is None else steps
     b, H, W = B.shape
     n = H * W
     stride = {"y": n * W + W, "x": n + 1}                       # in out, of i and j moving together
@@ -874,7 +879,7 @@ def _walk_lines(out: Tensor, B: Tensor, reach: int, steps: bool) -> None:
             for rise in range(min(L, h - 1) + 1):
                 shape, strides = (2, b, L + 1, h - rise, wide), (*T.stride()[:2], rise * w + 1, L * w, 1)
                 walks = padded.as_strided(shape, strides)
-                best = walks[..., :w - L].max(2)[1] if steps else walks.amax(2)     # over s
+                best = walks.amax(2) if steps is None else walks[..., :w - L].max(2)[1]     # over s
                 forth, back = best[..., :w - L]                 # [b, h - rise, w - L]
                 dy, dx = (rise, L) if cols == "x" else (L, rise)
                 strides = n * n, stride[rows], stride[cols]
@@ -883,13 +888,12 @@ def _walk_lines(out: Tensor, B: Tensor, reach: int, steps: bool) -> None:
 
 
 def _reach(labels: Tensor, W: int) -> int:
-    """The longer side of the widest region of images [b, HW]."""
-    b, n = labels.shape
-    pixel = torch.arange(n, device=labels.device).expand(b, n)  # [b, HW]
+    """The longer side of the widest region [HW]."""
+    pixel = torch.arange(len(labels), device=labels.device)     # [HW]
     sides = []
     for at in (pixel // W, pixel % W):
-        last, first = (torch.zeros_like(labels).scatter_reduce(1, labels, at, end, include_self=False)
-                       for end in ("amax", "amin"))             # [b, HW]  by region
+        last, first = (torch.zeros_like(labels).scatter_reduce(0, labels, at, end, include_self=False)
+                       for end in ("amax", "amin"))             # [HW]  by region
         sides.append((last - first).max())
     return int(torch.stack(sides).max())
 

@@ -1009,7 +1009,7 @@ MUTATIONS = [
     ("lone", "return _numbered(first[joined])", "return joined"),                                     # gaps in the numbers
     ("rcb", "x = (members % W + d[:, None]).clamp(0, W - 1)", "x = (members % W - d[:, None]).clamp(0, W - 1)"),  # no adjoint
     ("rcb", "= dJ[members] / size[labels[members]], q", "= dJ[members], q"),
-    ("rcb", " + len(Wg) // 2    #", "    #"),                                                         # lines too short
+    ("rcb", "B.shape[2]) + len(Wg) // 2, steps", "B.shape[2]), steps"),                                                         # lines too short
     ("rcb", "T = torch.stack((T, T.flip(1)))", "T = torch.stack((T, T))"),                            # one direction
     ("rcb", "copy_(back.flip(1))", "copy_(back)"),
     ("rcb", "incline = gap[:, None] * w + 1", "incline = gap[:, None] * w"),

@@ -549,7 +549,7 @@ def speeds(device: str) -> dict[str, float]:
 
 
 PARTS = {
-    "_lines": "eq. 1", "_divergence": "eq. 2", "_smooth": "eq. 4, smoothing", "_components": "regions",
+    "_walk_lines": "eq. 1", "_gather_lines": "eq. 1, few calls", "_divergence": "eq. 2", "_smooth": "eq. 4, smoothing", "_components": "regions",
     "_join": "lone pixels", "_gradient": "eqs. 2-5 again, for the gradient", "select_representatives": "representatives",
     "intra_region_collection": "eq. 6", "inter_region_interaction": "eq. 7", "intra_region_distribution": "eq. 8"}
 
