@@ -6,6 +6,7 @@ r"""What RANet costs beside the blocks that the paper compares it with (Tables 1
     python docs/overheads.py --growth                # time and memory against size, classes and regions; a picture
     python docs/overheads.py --floor                 # what eqs. 1-8 must compute and move, and how long that takes
     python docs/overheads.py --profile               # where the time of RCB and RIB goes
+    python docs/overheads.py --calls                 # what RCB and RIB ask of a GPU, counted without one
 
 Every block takes A [1, M, H, W] to O [1, M, H, W] and stands where RCB and RIB stand in the network: the 3x3
 convolution that makes A, the concatenation [A, O] and what follows are in no row. RANet's rows start at B and C
@@ -20,6 +21,7 @@ import argparse
 import collections
 import contextlib
 import datetime
+import itertools
 import math
 import os
 import platform
@@ -35,6 +37,7 @@ from unittest import mock
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -590,6 +593,46 @@ def profile(n: int, M: int, N: int, rounds: int, device: str) -> None:
     print(table("part | s, forward | s, backward", [*rows, ["all", *(f"{x:.3f}" for x in sums)]]))
 
 
+# What starts nothing on a GPU, and what makes the host wait for one.
+VIEWS = set("""view _unsafe_view reshape expand as_strided slice select transpose t permute unsqueeze squeeze split
+    split_with_sizes unbind diagonal detach alias unfold _reshape_alias lift_fresh empty new_empty empty_strided
+    empty_like new_empty_strided""".split())
+WAITS = set("_local_scalar_dense nonzero unique_consecutive equal bincount".split())
+
+
+class Calls(TorchDispatchMode):
+    """Counts what a GPU would be asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = self.waits = 0
+
+    def __torch_dispatch__(self, f, types, args=(), options=None):
+        name = f._schema.name.split("::")[1]
+        masks = args[1] if name == "index" else ()
+        self.waits += name in WAITS or any(x is not None and x.dtype == torch.bool for x in masks)
+        self.launches += name not in VIEWS and name.rstrip("_") not in VIEWS
+        return f(*args, **(options or {}))
+
+
+def calls(n: int, M: int) -> None:
+    rows = []
+    quiet = {name: lambda *args, **options: None for name in vars(ranet) if name.startswith("_check_")}
+    with mock.patch.multiple(ranet, _few_calls=lambda B: True, _numbers=lambda x: 2 ** 26, **quiet):
+        for N, kind in itertools.product((19, 171), ("objects", "one")):
+            block, (A, B, C), dO = make(kind, n, M, N, "cpu")
+            row = [f"{SCENES[kind]}, {N} classes"]
+            with Calls() as count:
+                regions = block.rcb(B, C)
+                row.append(count.launches)
+                O = block.rib(A, regions)
+                row.append(count.launches - row[1])
+                O.backward(dO)
+            rows.append([*map(str, row), str(count.launches - row[1] - row[2]), str(count.launches), str(count.waits)])
+    print(f"Calls that would start a kernel on a GPU, one image of {n} x {n}, and waits of the host:\n")
+    print(table("scene | RCB | RIB | backward | all | waits", rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=97, help="pixels a side")
@@ -604,6 +647,7 @@ def main() -> None:
                         help="where --growth draws")
     parser.add_argument("--floor", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--calls", action="store_true", help="count them, as on a GPU")
     parser.add_argument("--child", choices=BLOCKS, help=argparse.SUPPRESS)
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -621,6 +665,8 @@ def main() -> None:
         grow(args.sides, args.channels, args.rounds, args.device, args.figure)
     elif args.floor:
         floor(*case, args.device)
+    elif args.calls:
+        calls(args.size, args.channels)
     elif args.profile:
         profile(*case, args.rounds, args.device)
     else:

@@ -164,7 +164,7 @@ def weights(image: Tensor, maps: SimpleNamespace, chosen: list[int]) -> Image.Im
         rows.append(row)
     titles = ["image", "regions, representatives", "W^l, eq. 6", "W^g, eq. 7", "W^d, eq. 8", "J, eq. 5"]
     legend = ("Red ring: the representative. Faded: outside the sum. Yellow: the highest weight of the tile. "
-              "Grey dots: regions of one pixel, weight 1.")
+              "")
     return arrange(titles, rows, legend, scale=True)
 
 

@@ -131,13 +131,6 @@ def test_docs_name_only_what_exists():
             assert hasattr(ranet, name), f"{page}: no {name} in ranet.py"
 
 
-def test_docs_line_counts_of_the_readme():
-    counts = re.findall(r"^\| \[`(\w+\.py)`\]\(\w+\.py\) \| (\d+) \|", PAGES["README.md"].read_text(), re.MULTILINE)
-    assert len(counts) == 4
-    for name, count in counts:
-        assert abs(len((ROOT / name).read_text().splitlines()) - int(count)) <= 20, name
-
-
 def test_docs_checks_notice_mistakes():
     page = "# A title\n\n```python\n>>> x = 1\n>>> x + 1\n2\n\n```\n\n$`a_{b}`$ and [here](#a-title)\n\n```math\n\\frac12\n```\n"
     here = ROOT / "docs"

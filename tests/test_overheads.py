@@ -184,7 +184,7 @@ def test_scenes_give_the_regions_that_their_rows_name():
         assert regions.labels.max() + 1 == want
 
 
-@pytest.mark.parametrize("report", [["--floor"], ["--profile", "--rounds", "1"],
+@pytest.mark.parametrize("report", [["--floor"], ["--profile", "--rounds", "1"], ["--calls"],
                                     ["--growth", "--sides", "5", "7", "--rounds", "1"]])
 def test_reports_run(report, tmp_path, monkeypatch, capsys):
     figure = tmp_path / "figures" / "growth.png"
