@@ -17,13 +17,15 @@ predictions) and `file(i)` (for messages). Whatever is wrong with the files rais
 the file. A split without labels gives labels of 255 only. Rn in a comment is a line of docs/differences.md.
 """
 import colorsys
+import contextlib
 import inspect
+import sys
 from pathlib import Path
 
 import numpy as np
 import scipy.io
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -32,7 +34,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 IGNORE = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # of ImageNet, for values 0..1
-PICTURES = ".jpg", ".jpeg", ".png", ".webp"
+PICTURES = ".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"
 
 
 class DataError(ValueError):
@@ -223,19 +225,28 @@ class Files(Dataset):
         return str(self.files[i][0])
 
     def __getitem__(self, i: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        image = read_image(self.files[i][0])                    # [3, h, w]
+        return tv_tensors.Image(image), tv_tensors.Mask(self.label(i, tuple(image.shape[1:])))
+
+    def label(self, i: int, size: tuple[int, int] | None = None) -> Tensor:
+        """uint8 [h, w]: the classes of image i, of whose (h, w) only the header is read if it is not given."""
         path, label_path = self.files[i]
-        image = read_image(path)                                # [3, h, w]
+        if size is None:
+            with opened(path) as picture:
+                # Lies on its side; of a TIFF Pillow gives the upright size.
+                turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5 and picture.format != "TIFF"
+                size = picture.size if turned else picture.size[::-1]
         if label_path is None:
-            return tv_tensors.Image(image), tv_tensors.Mask(torch.full(image.shape[1:], IGNORE, dtype=torch.uint8))
+            return torch.full(size, IGNORE, dtype=torch.uint8)
         ids = self.read_ids(label_path)                         # [h, w]
-        if ids.shape != image.shape[1:]:
+        if ids.shape != size:
             raise DataError(f"{label_path} is {ids.shape[1]} x {ids.shape[0]} pixels, its image {path} is "
-                            f"{image.shape[2]} x {image.shape[1]}: expected the same size")
+                            f"{size[1]} x {size[0]}: expected the same size")
         known = (0 <= ids) & (ids < len(self.table))
         label = np.where(known, self.table[np.where(known, ids, 0)], -1)
         if label.min() < 0:
             raise DataError(f"{label_path} holds the id {ids[label < 0][0]}, expected {self.allowed()}")
-        return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(label.astype(np.uint8)))
+        return torch.from_numpy(label.astype(np.uint8))
 
     def read_ids(self, path: Path) -> np.ndarray:
         return read_ids(path)
@@ -256,35 +267,39 @@ class Files(Dataset):
             raise DataError(f"unknown split {split!r} of {type(self).__name__}, expected one of {', '.join(splits)}")
 
 
-def read_image(path: str | Path) -> Tensor:
-    """uint8 [3, h, w], grey and palette pictures as RGB. Raises DataError for an unreadable or cut-off file."""
+@contextlib.contextmanager
+def opened(path: str | Path):
+    """A picture. Whatever Pillow says of it becomes a DataError that names the file."""
     try:
         with Image.open(path) as picture:
-            if picture.mode[0] in "IF":     # Pillow would clip it to 255
-                raise DataError(f"{path} has pixels of type {picture.mode}, expected 8 bits a channel")
-            return pil_to_tensor(picture.convert("RGB"))        # [3, h, w]
+            yield picture
     except DataError:
         raise
     except FileNotFoundError:
         raise DataError(f"missing: {path}") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:      # besides OSError: bombs, broken chunks, whatever broken bytes lead to
         raise DataError(f"{path} is no readable picture: {error}") from None
+
+
+def read_image(path: str | Path) -> Tensor:
+    """uint8 [3, h, w], upright as viewers show it, grey and palette pictures as RGB."""
+    with opened(path) as picture:
+        if picture.mode[0] in "IF":     # Pillow would clip it to 255
+            raise DataError(f"{path} has pixels of type {picture.mode}, expected 8 bits a channel")
+        return pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))       # [3, h, w]
 
 
 def read_ids(path: str | Path) -> np.ndarray:
     """int32 [h, w] of an 8-bit label with one channel; of a palette picture, the indices."""
-    try:
-        with Image.open(path) as picture:
-            packed = picture.mode == "L" and "L" not in picture.tile[0][3:]     # Pillow stretches L;1, L;2, L;4
-            picture.load()
-    except FileNotFoundError:
-        raise DataError(f"missing: {path}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path} is no readable picture: {error}") from None
-    if packed or picture.mode not in ("L", "P"):
-        kind = "grey of less than 8 bits" if packed else picture.mode
-        raise DataError(f"{path} has pixels of type {kind}, expected 8-bit ids in one channel")
-    return np.asarray(picture).astype(np.int32)                 # [h, w]
+    with opened(path) as picture:
+        if picture.format != "PNG":     # JPEG blurs ids
+            raise DataError(f"{path} is a {picture.format} file, expected PNG, which keeps ids as they are")
+        packed = picture.mode == "L" and "L" not in picture.tile[0][3:]     # Pillow stretches L;1, L;2, L;4
+        picture.load()
+        if packed or picture.mode not in ("L", "P"):
+            kind = "grey of less than 8 bits" if packed else picture.mode
+            raise DataError(f"{path} has pixels of type {kind}, expected 8-bit ids in one channel")
+        return np.asarray(picture).astype(np.int32)             # [h, w]
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:
@@ -317,7 +332,10 @@ def distinct_colours(n: int) -> list[tuple[int, int, int]]:
 
 
 def read_lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: expected UTF-8") from None
 
 
 # labelId, name and colour of the 19 classes, in the order of their train ids.
@@ -507,7 +525,7 @@ class Folder(Files):
     """Expected folders:
 
         ROOT/classes.txt                        one class name a line; the line's number, from 0, is its id
-        ROOT/{train,val,test}/images/NAME.jpg   or .jpeg, .png, .webp
+        ROOT/{train,val,test}/images/NAME.jpg   or .jpeg, .png, .webp, .tif, .tiff, .bmp
         ROOT/{train,val,test}/labels/NAME.png   8-bit, one channel: ids, 255 = ignored
 
     A split without its folder labels has no labels.
@@ -523,6 +541,9 @@ class Folder(Files):
         self.table = id_table({n: n for n in range(len(self.classes))})
         images, labels = self.need(root / split / "images"), root / split / "labels"
         found = sorted(path for path in images.iterdir() if path.suffix.lower() in PICTURES)
+        rest = sorted(path.name for path in images.iterdir() if path not in found)
+        if rest:
+            print(f"{images}: {len(rest)} files left out, {rest[0]} is the first", file=sys.stderr)
         if not found:
             raise DataError(f"no pictures ({', '.join(PICTURES)}) in {images}")
         for a, b in zip(found, found[1:]):
@@ -550,6 +571,20 @@ class TrainingSet(Dataset):
         image, label = augment(*self.dataset[index], seed, self.crop, self.scale)
         # After the augmentation, so that the boundary is as wide at every scale (R11).
         return normalize(image), label.long(), boundary_mask(label, self.radius)
+
+
+class Look(Dataset):
+    """For each image of a data set in files, [256] int64: how many pixels its label gives to each class. Reads labels and
+    the headers of pictures only, so that what is wrong with a file is told before the first step."""
+
+    def __init__(self, files: Files):
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.files.label(i).flatten().bincount(minlength=256)
 
 
 def augment(image: Tensor, label: Tensor, seed: int, crop: int, scale: tuple[float, float] = (0.5, 2.0),

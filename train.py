@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, pad, scaled_dot_product_attention
 from torch.utils.data import DataLoader, Subset
@@ -36,7 +36,7 @@ from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
 import ranet
-from data import TrainingSet, cityscapes_label_ids, colorize, load, normalize, read_image
+from data import PICTURES, DataError, Look, TrainingSet, cityscapes_label_ids, colorize, load, normalize, read_image
 
 # The paper's values for its three data sets, and the field's where it is silent (R12).
 RECIPES = {
@@ -49,6 +49,7 @@ RECIPES = {
 DEFAULTS = dict(data="shapes", root=None, num_classes=None, coarse=False, context="ranet", cues="both", k=8,
                 no_intra=False, no_inter=False, batch=8, lr=0.001, radius=2.0, seed=0, amp=False, compile=False,
                 split="train")
+BAR = dict(dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)      # in a file, a line now and then
 MODEL = "backbone", "context", "cues", "k", "no_intra", "no_inter"      # what the weights of a checkpoint fit
 DATA = "data", "root", "num_classes", "coarse"
 TRAINING = "weights", "steps", "batch", "scale", "lr", "radius", "seed", "compile"
@@ -260,9 +261,12 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
     if args.batch % world:
         sys.exit(f"--batch {args.batch} does not split over {world} processes")
 
-    torch.manual_seed(args.seed)
     data = load(args.data, args.root, args.split, num_classes=args.num_classes, coarse=args.coarse)
     val = load(args.data, args.root, "val", num_classes=args.num_classes)
+    if rank == 0 and not saved:
+        look(args.split, data, args.workers)
+        look("val", val, args.workers)
+    torch.manual_seed(args.seed)
     model = build(args, len(data.classes), "none" if saved else args.weights).to(device)
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -270,7 +274,7 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
                                 weight_decay=RECIPES[args.data]["weight_decay"])
     step = 0
     if saved:
-        restore(model, saved, last, len(data.classes))
+        restore(model, saved, last, data.classes)
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
     if mean(torch.tensor([float(step)], device=device), world).item() != step:
@@ -295,7 +299,7 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
                          batch_sampler=order(len(data), args, step, rank, world),
                          pin_memory=device.type == "cuda")
     net.train()
-    with tqdm(total=args.steps, initial=step, disable=rank > 0, dynamic_ncols=True) as bar:
+    with tqdm(total=args.steps, initial=step, disable=rank > 0, **BAR) as bar:
         for step, batch in enumerate(batches, step):
             image, label, mask = (x.to(device, non_blocking=True) for x in batch)   # [b, 3, h, w], [b, h, w]
             torch.manual_seed(seed_of(args.seed, step, args.batch + rank))  # of the dropout
@@ -343,6 +347,22 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
         write_json(out / "metrics.json", dict(result, steps=args.steps, seed=args.seed))
         draw_overview(model, val, args, device, out / "overview.png")
         report(result)
+
+
+def look(split: str, data, workers: int) -> None:
+    """Every label is read once before the first step: what is wrong or missing is said now."""
+    if not hasattr(data, "files"):
+        return
+    loader = DataLoader(Look(data), batch_size=None, num_workers=workers)
+    pixels = sum(tqdm(loader, f"looking at the labels of {split}", **BAR))      # [256]
+    missing = [name for name, count in zip(data.classes, pixels) if not count]
+    if len(missing) == len(data.classes):
+        nothing = f"{split}: nothing is labelled in its {len(data)} images"
+        if split != "val":
+            sys.exit(nothing)
+        print(f"{nothing}: there will be no score", flush=True)
+    elif missing:
+        print(f"{split}: no pixel of {len(missing)} of {len(data.classes)} classes: {', '.join(missing[:5])}", flush=True)
 
 
 def stopped(step: int, reason: str, last: Path) -> str:
@@ -399,9 +419,12 @@ def read_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def restore(model: nn.Module, checkpoint: dict, path: Path, num_classes: int) -> None:
-    if len(checkpoint["classes"]) != num_classes:
-        sys.exit(f"{path} has {len(checkpoint['classes'])} classes and the data {num_classes}")
+def restore(model: nn.Module, checkpoint: dict, path: Path, classes: Sequence[str]) -> None:
+    if len(checkpoint["classes"]) != len(classes):
+        sys.exit(f"{path} has {len(checkpoint['classes'])} classes and the data {len(classes)}")
+    for n, (trained, here) in enumerate(zip(checkpoint["classes"], classes)):
+        if trained != here:
+            sys.exit(f"class {n} is {trained!r} in {path} and {here!r} in the data")
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError:
@@ -423,14 +446,16 @@ def slide(model: nn.Module, image: Tensor, crop: int) -> Tensor:
     tops, lefts = (sorted({min(x, max(size - crop, 0)) for x in range(0, max(size, crop), stride)})
                    for size in image.shape[2:])
     total, count = None, image.new_zeros(image.shape[2:])       # [h, w]
-    for y, x in itertools.product(tops, lefts):
-        window = ..., slice(y, y + crop), slice(x, x + crop)
-        output = model(image[window])
-        logits = torch.cat((output.fine, output.coarse)).float()            # [2, N, window]
+    windows = [(..., slice(y, y + crop), slice(x, x + crop)) for y, x in itertools.product(tops, lefts)]
+    few = max(1, 2 ** 21 // image[windows[0]][0, 0].numel())    # go through the network together
+    for some in (windows[a:a + few] for a in range(0, len(windows), few)):
+        output = model(torch.cat([image[window] for window in some]))
+        logits = torch.stack((output.fine, output.coarse), 1).float()       # [few, 2, N, window]
         if total is None:
-            total = logits.new_zeros(*logits.shape[:2], *count.shape)       # [2, N, h, w]
-        total[window] += logits
-        count[window] += 1
+            total = logits.new_zeros(*logits.shape[1:3], *count.shape)      # [2, N, h, w]
+        for window, part in zip(some, logits):
+            total[window] += part
+            count[window] += 1
     return total / count
 
 
@@ -473,7 +498,7 @@ def evaluate(model: nn.Module, data, args, rank: int, world: int, device: torch.
     matrix = torch.zeros(2, N, N, dtype=torch.int64, device=device)
     mine = range(rank, len(data), world)
     loader = DataLoader(Subset(data, mine), batch_size=None, num_workers=args.workers)
-    for (image, label), i in zip(tqdm(loader, "evaluation", disable=rank > 0, dynamic_ncols=True), mine):
+    for (image, label), i in zip(tqdm(loader, "evaluation", disable=rank > 0, **BAR), mine):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             scores = segment(model, normalize(image).to(device), args)      # [2, N, h, w]
         fine, coarse = scores.argmax(1)                         # [h, w] each
@@ -518,7 +543,9 @@ def evaluate_checkpoint(args, rank: int, world: int, device: torch.device) -> No
     settle(args, known, path, MODEL)
     data = load(args.data, args.root, split, num_classes=args.num_classes)
     model = build(args, len(data.classes)).to(device)
-    restore(model, checkpoint, path, len(data.classes))
+    restore(model, checkpoint, path, data.classes)
+    if all(label is None for _, label in getattr(data, "files", [(0, 0)])) and (args.data, split) != ("cityscapes", "test"):
+        sys.exit(f"{split} has no labels to score with: use --predict for its pictures")
     out = Path(args.out or path.parent)
     unlabelled = args.data == "cityscapes" and split == "test"
     predictions = out / "cityscapes-test" if unlabelled else None
@@ -527,31 +554,59 @@ def evaluate_checkpoint(args, rank: int, world: int, device: torch.device) -> No
     if rank == 0 and unlabelled:
         print(f"{len(data)} label maps for the Cityscapes server in {predictions}")
     elif rank == 0:
-        write_json(out / f"eval-{split}.json", dict(result, steps=checkpoint["step"]))
         report(result)
+        write_json(out / f"eval-{split}.json", dict(result, steps=checkpoint["step"]))
 
 
 def predict(args, rank: int, world: int, device: torch.device) -> None:
-    path, *pictures = map(Path, args.predict)
+    path, *given = map(Path, args.predict)
+    pictures = [x for p in given for x in (sorted(f for f in p.iterdir() if f.suffix.lower() in PICTURES) if p.is_dir() else [p])]
     checkpoint = read_checkpoint(path)
     settle(args, checkpoint["args"], path, MODEL)
     if len({picture.stem for picture in pictures}) < len(pictures):
         sys.exit("--predict: two pictures have the same name, and so would their results")
     model = build(args, len(checkpoint["classes"])).to(device).eval()
-    restore(model, checkpoint, path, len(checkpoint["classes"]))
+    restore(model, checkpoint, path, checkpoint["classes"])
     out = Path(args.out or path.parent / "predictions")
     out.mkdir(parents=True, exist_ok=True)
     palette = [tuple(colour) for colour in checkpoint["palette"]]
+    bad = 0
     for picture in pictures[rank::world]:
-        image = read_image(picture)                             # [3, h, w]
+        try:
+            image = read_image(picture)                         # [3, h, w]
+            for name in ("mask", "overlay"):
+                spare(out / f"{picture.stem}_{name}.png")
+        except DataError as error:                              # the others go on
+            print(error, file=sys.stderr, flush=True)
+            bad += 1
+            continue
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             label = segment(model, normalize(image).to(device), args)[0].argmax(0).cpu()    # [h, w]
         found = label.unique()
         masks = label == found[:, None, None]                   # [found, h, w]
         overlay = draw_segmentation_masks(image, masks, alpha=0.6, colors=[palette[n] for n in found])
-        for name, result in (("mask", colorize(label, palette)), ("overlay", overlay)):
-            as_picture(result).save(out / f"{picture.stem}_{name}.png")
+        mask = Image.fromarray(label.byte().numpy())            # the numbers are the ids,
+        mask.putpalette([x for colour in palette for x in colour])      # and viewers show the colours
+        for name, result in (("mask", mask), ("overlay", as_picture(overlay))):
+            result.save(out / f"{picture.stem}_{name}.png", pnginfo=OURS)
             print(out / f"{picture.stem}_{name}.png", flush=True)
+    if bad:
+        sys.exit(f"{bad} of {len(pictures[rank::world])} pictures could not be segmented")
+
+
+OURS = PngImagePlugin.PngInfo()
+OURS.add_text("Software", "RANet train.py")
+
+
+def spare(path: Path) -> None:
+    """A prediction replaces a prediction, and nothing else."""
+    if path.exists():
+        try:
+            ours = Image.open(path).info.get("Software") == "RANet train.py"
+        except OSError:
+            ours = False
+        if not ours:
+            raise DataError(f"{path} was not made by --predict and is not replaced: choose another --out")
 
 
 def as_picture(image: Tensor) -> Image.Image:
@@ -651,7 +706,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     yes = dict(action="store_true", default=None)       # None: not given
     add = parser.add_argument_group("what to do (without the first two: train)").add_argument
     add("--eval", metavar="CHECKPOINT", help="mIoU; on Cityscapes' test split, label maps for its server")
-    add("--predict", nargs="+", metavar=("CHECKPOINT", "IMAGE"), help="masks and overlays of pictures")
+    add("--predict", nargs="+", metavar=("CHECKPOINT", "IMAGE"), help="masks (8 bits, the numbers are the ids) and overlays of pictures and folders")
     add("--resume", **yes, help="continue the run in --out, or start it if it has no checkpoint yet")
     add("--out", help="folder of results (runs/DATA-CONTEXT; beside the checkpoint for --eval, --predict)")
     add("--gpus", type=natural, help="one process for each of so many GPUs of this machine (one process)")
@@ -679,7 +734,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--radius", type=positive, help="of the boundary mask, in pixels of the crop")
     add("--seed", type=natural, help="of weights, data order, augmentation and dropout (0)")
     add("--amp", **yes, help="bfloat16 where it is safe")
-    add("--compile", **yes, help="torch.compile the backbone")
+    add("--compile", **yes, help="torch.compile the backbone; RCB and RIB stay as they are")
     add = parser.add_argument_group("evaluation and prediction").add_argument
     add("--scales", type=positive, nargs="+", help="average the probabilities over these sizes (1)")
     add("--flip", **yes, help="... and over the mirrored images")
@@ -716,6 +771,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     store, rank, world, local = None, 0, 1, 0
     if "RANK" in os.environ:            # torchrun has started this process
+        lost = [x for x in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if x not in os.environ]
+        if lost:
+            sys.exit(f"RANK is set and {', '.join(lost)} not: start with torchrun, or unset RANK")
         store, rank, world = next(dist.rendezvous("env://"))
         local = int(os.environ["LOCAL_RANK"])
     try:
@@ -734,6 +792,8 @@ def main(argv: list[str] | None = None) -> None:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         run = evaluate_checkpoint if args.eval else predict if args.predict else train
         run(args, rank, world, device)
+    except KeyboardInterrupt:
+        sys.exit("stopped; a training goes on from its last checkpoint with --resume")
     except (SystemExit, ValueError, OSError) as error:      # a mistake in flags or data, not in the code
         if isinstance(error, SystemExit) and not isinstance(error.code, str):
             raise                       # --help

@@ -220,7 +220,7 @@ def read(args: argparse.Namespace) -> tuple[ranet.RANet, Tensor, list]:
     if not 0 <= args.scene < len(data):
         sys.exit(f"--scene {args.scene}: expected 0..{len(data) - 1}")
     model = train.build(args, len(data.classes)).eval()
-    train.restore(model, checkpoint, args.checkpoint, len(data.classes))
+    train.restore(model, checkpoint, args.checkpoint, data.classes)
     return model, train.middle(data[args.scene][0], args.crop), data.palette
 
 
