@@ -728,7 +728,7 @@ def label_counts(label: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _numbers(x: Tensor) -> int:
     """How many numbers a block may hold: what a processor's cache takes, or what keeps a GPU busy."""
-    return 2 ** 19 if x.device.type == "cpu" else 2 ** 26
+    return 2 ** 19 if x.device.type == "cpu" else 2 ** 27
 
 
 def _few_calls(B: Tensor) -> bool:

@@ -173,14 +173,17 @@ def main() -> None:
     what.add_argument("--root", help="a data set in the layout of `folder`")
     what.add_argument("--collapse", action="store_true", help="train with and without BN on O")
     parser.add_argument("--seed", type=int, default=0, help="for --collapse")
-    parser.add_argument("--images", type=int, default=24, help="how many label maps of its val split, evenly spread")
+    parser.add_argument("--images", type=int, default=24, help="how many label maps of its val split, evenly spread (half as many of each split for R4b)")
     args = parser.parse_args()
     if args.collapse:
         return collapse(args.seed)
     data = load("folder", args.root, "val")
     labels = [data[i * len(data) // args.images][1].as_subclass(Tensor) for i in range(args.images)]
     N = len(data.classes)
-    region_sizes(labels[::2], N)
+    half = max(1, args.images // 2)                             # of each split, so that all drives are there
+    every = [split[i * len(split) // half][1].as_subclass(Tensor)
+             for split in (load("folder", args.root, name) for name in ("train", "val", "test")) for i in range(half)]
+    region_sizes(every, N)
     thin_walls()
     end_points_and_threshold(labels, N)
     size_of_O(labels, N)

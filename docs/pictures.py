@@ -201,7 +201,7 @@ def growth(steps: tuple[int, ...] = STEPS, flags: tuple[str, ...] = ()) -> Image
             with torch.no_grad():
                 labels, J = model(normalize(image)[None]).regions       # [1, H, W] each
             row.append((train.draw_regions(labels[0], J[0], args.k), f"Q = {int(labels.max()) + 1}"))
-    legend = "Colours: regions. Dark grey: regions of one pixel. Dots: representatives."
+    legend = "Colours: regions. Dots: representatives."
     return arrange(["image", *(f"step {step}" for step in steps)], rows, legend, scale=False)
 
 
