@@ -166,7 +166,7 @@ def test_train_resumes_bitwise(monkeypatch):
     run(*flags, "--out", "whole")
     with monkeypatch.context() as patch:
         stop_at(patch, 40)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="--resume"):
             run(*flags, "--out", "out")
     assert load()["step"] == 38 and len(log()) == 39    # a log line beyond the checkpoint
     with open("out/log.jsonl", "a") as file:
@@ -207,7 +207,7 @@ def test_train_a_full_disk_keeps_the_checkpoint(monkeypatch):
     flags = *TINY, "--steps", 4, "--out", "out"
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="--resume"):
             run(*flags)
     before = Path("out/last.pt").read_bytes()
     Path("out/last.pt.tmp").symlink_to("/dev/full")
@@ -439,7 +439,7 @@ def test_train_windows_cover_the_image(h, w, crop):
     found = train.slide(Pointwise(), image, crop)
     torch.testing.assert_close(found, torch.cat((whole.fine, whole.coarse)))
     windows, model = [], Pointwise()
-    model.register_forward_pre_hook(lambda _, images: windows.append(images[0].shape[2:]))
+    model.register_forward_pre_hook(lambda _, images: windows.extend(image.shape[1:] for image in images[0]))
     train.slide(model, image, crop)
     assert set(windows) == {(min(h, crop), min(w, crop))}       # windows shrink to the image, never pad it
     stride = math.ceil(crop * 2 / 3)
@@ -484,10 +484,11 @@ def test_train_predicts_pictures(capsys):
     for name in ("a", "grey"):
         mask, overlay = (Image.open(f"results/{name}_{kind}.png") for kind in ("mask", "overlay"))
         assert mask.size == overlay.size == (image.shape[2], 50)
-        assert {colour for _, colour in mask.getcolors()} <= set(data.Shapes.palette)
+        assert {colour for _, colour in mask.convert("RGB").getcolors()} <= set(data.Shapes.palette)
     assert "results/a_mask.png" in capsys.readouterr().out
     Path("b.png").write_bytes(b"no picture")
-    assert "b.png" in fails("--predict", "out/last.pt", "b.png")
+    assert fails("--predict", "out/last.pt", "b.png") == "1 of 1 pictures could not be segmented"
+    assert "b.png is no readable picture" in capsys.readouterr().err
     assert "same name" in fails("--predict", "out/last.pt", "a.png", "other/a.jpg")
 
 
