@@ -799,11 +799,9 @@ def _construct(B, C, steps, Wg, threshold, cues, join_lone):
     labels = _components(G)                                     # [b, HW]
     if join_lone:
         labels = torch.stack([_join(q, f) for q, f in zip(labels, F)])
-    J = []
-    for a, z in blocks:
-        same = labels[:, a:z, None] == labels[:, None]          # [b, rows, HW]
-        J.append((F[:, a:z] * same).sum(2) / same.sum(2))       # [b, rows]  mean over the pixels j of i's region
-    return labels, torch.cat(J, 1).clamp_(0, 1)
+    size = torch.zeros_like(labels).scatter_add(1, labels, torch.ones_like(labels)).gather(1, labels)     # [b, HW]
+    total = [(F[:, a:z] * (labels[:, a:z, None] == labels[:, None])).sum(2) for a, z in blocks]     # over i's region
+    return labels, (torch.cat(total, 1) / size).clamp_(0, 1)    # [b, HW]
 
 
 def _divergence(Ci: Tensor, Cj: Tensor) -> Tensor:
