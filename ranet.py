@@ -901,7 +901,7 @@ def _gradient(B, C, Wg, labels, dJ, steps, cues, needs):
     w_i share_q(j) F_ij, where share_q(j) is the sum of W^g over the offsets that bring a pixel of R_q to j, border
     replicated: the adjoint of `_smooth` on the indicator of R_q. It is 0 but on R_q and k // 2 pixels around, so
     only pairs of these are looked at; each once, since D and E are symmetric."""
-    (H, W), N, k, n = B.shape, len(C), len(Wg), len(labels)
+    (H, W), N, k = B.shape, len(C), len(Wg)
     flat, C = B.flatten(), C.flatten(1)                         # [HW], [N, HW]
     dB, dC, dWg = torch.zeros_like(flat), torch.zeros_like(C), torch.zeros_like(Wg)
     size = labels.bincount()                                    # [Q]
@@ -916,11 +916,11 @@ def _gradient(B, C, Wg, labels, dJ, steps, cues, needs):
         inside = torch.zeros_like(labels).index_fill(0, around.flatten(), 1)    # [HW]
         V = inside.nonzero()[:, 0]                              # [v]  the pixels that count
         v = len(V)
-        at = (inside.cumsum(0) - 1)[around] + q * v             # [k k, members]  in a [Q, v] matrix
+        place = inside.cumsum(0) - 1                            # [HW]  of a pixel in V
+        at = place[around] + q * v                              # [k k, members]  in a [Q, v] matrix
         share = Wg.new_zeros(Q * v).scatter_add(0, at.flatten(), Wg.reshape(-1, 1).expand_as(at).flatten()).view(Q, v)
-        place = (inside.cumsum(0) - 1)[members]                 # [members]  in V
         w, region = flat.new_zeros(v), labels.new_zeros(v)      # [v] each; what only lies around has w = 0
-        w[place], region[place] = dJ[members] / size[labels[members]], q
+        w[place[members]], region[place[members]] = dJ[members] / size[labels[members]], q
         wide = w * (region == torch.arange(Q, device=B.device)[:, None])        # [Q, v]
         X = torch.zeros_like(share)                             # [Q, v]  sum over i of w_i F_ij
         c = C[:, V]                                             # [N, v]
