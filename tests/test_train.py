@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """train.py: resuming, processes, models, evaluation, and what it says about mistakes."""
 import json
 import math
@@ -6,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
@@ -30,8 +31,6 @@ torch.set_num_threads(1)
 data.Shapes.splits = dict(train=16, val=3, test=3)
 if sys.argv[1] == "--plain":
     tests.plain(setattr)
-if sys.argv[1] == "--variants":
-    sys.exit(tests.every_variant_under_ddp())
 train.main([flag for flag in sys.argv[1:] if flag != "--plain"])
 """
 
@@ -55,8 +54,16 @@ def plain(setattr):
         image, label = scene(self, i)
         label[:5 * i] = 255
         return image, label
-    setattr(nn, "BatchNorm2d", Norm)
-    setattr(nn, "Dropout2d", lambda p: nn.Identity())
+    build = train.build
+    def built(*args):
+        model = build(*args)
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.__class__ = Norm
+            elif isinstance(layer, nn.Dropout2d):
+                layer.p = 0
+        return model
+    setattr(train, "build", built)
     setattr(data.Shapes, "__getitem__", partly_ignored)
 
 
@@ -137,10 +144,9 @@ def test_train_writes_what_it_says_and_twice_is_the_same(capsys):
     assert 1 <= line["regions"] <= 64 and 0 <= line["singles"] <= 1 and 0 < line["mean_B"] < 1
     lr = train.RECIPES["shapes"]["lr"]
     assert [row["lr"] for row in log()] == pytest.approx([lr, lr / 2])
-    run(*TINY, "--steps", 2, "--out", "out")
-    assert_same(load(), first)
-    assert_same(load("out/previous.pt"), first)
-    assert [row["step"] for row in log()] == [1, 2]
+    assert "--resume" in fails(*TINY, "--steps", 2, "--out", "out")
+    run(*TINY, "--steps", 2, "--out", "again")
+    assert_same(load("again/last.pt"), first)
 
 
 def test_train_seed_matters():
@@ -212,7 +218,7 @@ def test_train_a_full_disk_keeps_the_checkpoint(monkeypatch):
     before = Path("out/last.pt").read_bytes()
     Path("out/last.pt.tmp").symlink_to("/dev/full")
     message = fails("--out", "out", "--resume", "--workers", 0)
-    assert "could not be written" in message and "step 3" in message
+    assert "step 2: the checkpoint could not be written (No space left on device); out/last.pt is whole" in message
     assert Path("out/last.pt").read_bytes() == before and not Path("out/last.pt.tmp").is_symlink()
 
 
@@ -225,7 +231,7 @@ def test_train_stops_at_a_loss_that_is_not_finite(monkeypatch):
         return values._replace(total=values.total / 0) if len(calls) == 4 else values
     monkeypatch.setattr(ranet, "ranet_loss", broken)
     message = fails(*TINY, "--steps", 6, "--out", "out")
-    assert "step 3" in message and "inf" in message
+    assert "step 3: the loss is inf" in message
     assert load()["step"] == 3 and [row["step"] for row in log()] == [1, 2, 3]
 
 
@@ -268,23 +274,6 @@ def test_train_two_processes_are_one(monkeypatch):
     assert all(alone[key] == shared[key] for key in alone) and "3 images" in alone["protocol"]
 
 
-def every_variant_under_ddp():
-    """In each of two processes: two steps and an evaluation of every model."""
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    for i, flags in enumerate([*VARIANTS, ["--backbone", "resnet101"], ["--backbone", "hrnet_w48"]]):
-        args = train.parse([*TINY, *flags, "--weights", "none", "--batch", "2", "--crop", "64", "--steps", "2",
-                            "--out", f"out{i}"])
-        train.train(args, rank, 2, torch.device("cpu"))
-        dist.barrier()
-
-
-def test_train_every_variant_takes_two_steps_in_two_processes():
-    result = child("--variants", processes=2)       # DDP stops at the second step where a parameter was idle
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert [log(f"out{i}")[-1]["step"] for i in range(len(VARIANTS) + 2)] == [2] * (len(VARIANTS) + 2)
-
-
 def test_train_mistakes_are_said_once_and_without_a_traceback():
     result = child(*TINY, "--batch", 3, "--steps", 2, "--out", "out", processes=2)
     assert result.returncode and result.stderr.count("--batch 3 does not split over 2 processes") == 1
@@ -309,12 +298,9 @@ def test_train_order_is_one_permutation_an_epoch():
 # Models
 # ---------------------------------------------------------------------------------------------------------
 
-VARIANTS = [["--context", "none"], ["--context", "spp"], ["--context", "nonlocal"], ["--cues", "boundary"],
-            ["--cues", "semantic"], ["--no-intra"], ["--no-inter"], ["--no-intra", "--no-inter"],
-            ["--k", "1"], ["--amp"]]
-
-
-@pytest.mark.parametrize("flags", VARIANTS, ids=" ".join)
+@pytest.mark.parametrize("flags", [
+    *(["--context", name] for name in (*train.RANETS, *train.PEERS) if name != "ranet"), ["--k", "1"], ["--amp"],
+    ["--channels", "20"]], ids=" ".join)
 def test_train_every_variant_takes_two_steps(flags, monkeypatch):
     monkeypatch.setattr(data.Shapes, "splits", dict(train=16, val=1, test=1))
     models, build = [], train.build
@@ -339,13 +325,33 @@ def test_train_contexts_are_different():
     torch.testing.assert_close(spp(A)[:, :2], pooled)
 
 
-@pytest.mark.parametrize("name, channels", [("resnet101", 2048), ("hrnet_w48", 512), ("vgg11", 512)])
-def test_train_backbones(name, channels):
-    backbone, found = train.make_backbone(name, "none")
-    features = backbone.train()(torch.rand(1, 3, 64, 64 if name == "vgg11" else 57))    # batch 1
-    assert found == channels and features.shape == (1, channels, 8, 8)
+@pytest.mark.parametrize("name, strides, channels, each", [
+    ("resnet101", None, 2048, [2048]),                          # dilated: one map, res5
+    ("resnet18", [8, 32], 640, [128, 512]),                     # its own strides
+    ("hrnet_w18_small", None, 512, [16, 32, 64, 128]),      # four branches, then ASPP
+    ("swin_tiny_patch4_window7_224", None, 1344, [192, 384, 768]),      # cannot be dilated; channels last
+    ("vit_tiny_patch16_224", None, 192, [192]), ("vgg11", None, 1536, [512, 512, 512]),
+    ("efficientnet_lite0", [8, 16], 152, [40, 112])])           # what lies deeper is idle
+def test_train_backbones(name, strides, channels, each):
+    backbone, found = train.make_backbone(name, strides=strides)
+    features = backbone.train()(torch.rand(2, 3, 72, 57))
+    assert found == channels and features.shape == (2, channels, 9, 8)
     features.square().sum().backward()
-    assert [n for n, p in backbone.named_parameters() if p.grad is None] == []
+    assert [n for n, p in backbone.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert (backbone[0] if name.startswith("hrnet") else backbone).channels == each
+
+
+def test_train_backbone_maps_lie_on_one_grid():
+    """A model whose maps are the image at strides 8 and 16, as means: at stride 8, each is where the image has it."""
+    class Means(nn.Module):
+        feature_info = type("", (), dict(channels=lambda: [3, 3], reduction=lambda: [8, 16]))
+        def forward(self, images):
+            assert images.shape[2:] == (48, 64)                 # padded to the coarser stride
+            return [nn.functional.avg_pool2d(images, 8), nn.functional.avg_pool2d(images, 16)]
+    ramp = (torch.arange(48.0)[:, None] + 100 * torch.arange(64.0)).expand(1, 3, 48, 64)
+    fine, coarse = train.Backbone(Means())(ramp).chunk(2, 1)    # [1, 3, 6, 8] each
+    torch.testing.assert_close(fine[:, :, 1:-1, 1:-1], coarse[:, :, 1:-1, 1:-1])
+    assert train.Backbone(Means())(ramp[:, :, :33, :50]).shape == (1, 6, 5, 7)
 
 
 def test_train_takes_backbone_weights_from_a_file():
@@ -357,7 +363,7 @@ def test_train_takes_backbone_weights_from_a_file():
     torch.save({"a": torch.ones(1)}, "other.pth")
     assert "other.pth has no conv1.weight" in fails("--backbone", "resnet18", "--weights", "other.pth")
     Path("text.pth").write_text("no weights")
-    assert "could not be loaded" in fails("--backbone", "resnet18", "--weights", "text.pth")
+    assert "cannot be had" in fails("--backbone", "resnet18", "--weights", "text.pth")
 
 
 def test_train_says_when_weights_cannot_be_fetched(monkeypatch):
@@ -417,16 +423,15 @@ def test_train_evaluation_by_hand():
     label = torch.tensor([[0, 1, 3], [1, 255, 255]], dtype=torch.uint8)             # [h, w]
     image = bright.expand(3, -1, -1)                            # [3, h, w]
     images = Four([(image, label), (image, torch.full_like(label, 255))])
-    args = train.parse(["--eval", "x", "--crop", "2", "--workers", "0"])
-    args.amp, args.data, args.context, args.backbone = False, "four", "none", "painted"
-    result = train.evaluate(Painted(), images, args, 0, 1, torch.device("cpu"))
+    args = Namespace(crop=2, workers=0, scales=[1.0], flip=False, amp=False, data="four", context="none", backbone="")
+    result = train.evaluate(Painted(), images, "val", "train", args, 0, 1, torch.device("cpu"))
     # fine: dark 1 right, 1 wrong (from red); red 1 right, 1 missed, 1 wrong (from unseen); unseen 1 missed.
     assert [c["fine"] for c in result["classes"].values()] == [1 / 2, 1 / 3, None, 0]
     assert [c["coarse"] for c in result["classes"].values()] == [1 / 4, 0, None, 0]
     assert result["fine_miou"] == pytest.approx((1 / 2 + 1 / 3) / 3)
     assert result["coarse_miou"] == pytest.approx(1 / 12) and result["pixels"] == 4
     assert "four val, 2 images, 4 classes; windows of 2, stride 2" in result["protocol"]
-    nothing = train.evaluate(Painted(), Four(images[1:]), args, 0, 1, torch.device("cpu"))
+    nothing = train.evaluate(Painted(), Four(images[1:]), "val", "train", args, 0, 1, torch.device("cpu"))
     assert nothing["fine_miou"] is None
     train.report(nothing)
 
@@ -449,7 +454,7 @@ def test_train_windows_cover_the_image(h, w, crop):
 def test_train_scales_and_mirrors_are_averaged():
     torch.manual_seed(0)
     image = torch.rand(3, 12, 10)
-    args = train.parse(["--eval", "x", "--crop", "8"])
+    args = Namespace(crop=8, scales=[1.0], flip=False)
     plain = train.segment(Pointwise(), image, args)
     torch.testing.assert_close(plain.sum(1), torch.ones(2, 12, 10))
     args.flip = True
@@ -458,6 +463,7 @@ def test_train_scales_and_mirrors_are_averaged():
     both = train.segment(Pointwise(), image, args)
     args.scales = [0.5]
     torch.testing.assert_close((plain + train.segment(Pointwise(), image, args)) / 2, both)
+    torch.testing.assert_close(train.segment(Pointwise(), image, args, maps=1)[0], train.segment(Pointwise(), image, args)[0])
 
 
 def test_train_evaluation_leaves_out_ignored_pixels(monkeypatch):
@@ -499,17 +505,14 @@ def test_train_predicts_pictures(capsys):
 @pytest.mark.parametrize("flags, part", [
     (["--steps", "0"], "--steps"), (["--nonsense"], "--nonsense"), (["--context", "other"], "--context"),
     (["--lr", "nan"], "--lr"), (["--seed", "-1"], "--seed"), (["--workers", "-1"], "--workers"),
-    (["--context", "none", "--k", "3"], "--k"), (["--context", "nonlocal", "--cues", "both"], "--cues"),
-    (["--context", "spp", "--no-inter"], "--no-inter"), (["--predict", "x.pt"], "pictures"),
-    (["--eval", "x", "--steps", "3"], "--steps"), (["--eval", "x", "--predict", "x", "a.png"], "--predict"),
+    (["--context", "none", "--k", "3"], "--k"), (["--strides", "7", "--backbone", "resnet18"], "strides 2 4 8 16 32"),
     (["--flip"], "--flip"), (["--split", "val"], "--split val"), (["--split", "trainval"], "trainval"),
-    (["--predict", "x.pt", "a.png", "--data", "shapes"], "--data"),
     (["--gpus", "4000"], "--gpus 4000"), (["--backbone", "resnet9999"], "resnet9999"),
     (["--backbone", "small", "--weights", "imagenet"], "small"),
     (["--backbone", "resnet18", "--weights", "missing.pth"], "missing.pth"),
-    (["--backbone", "vit_tiny_patch16_224", "--weights", "none"], "vit_tiny_patch16_224"),
+    (["--backbone", "vit_tiny_patch14_reg4_dinov2", "--weights", "none"], "vit_tiny"),
     (["--data", "cityscapes"], "root"), (["--data", "other"], "other"),
-    (["--root", "x"], "root"), (["--num-classes", "60"], "num_classes"), (["--coarse"], "coarse"),
+    (["--root", "x"], "root"), (["--split", "train+coarse"], "train+coarse"),
     (["--eval", "missing.pt"], "missing.pt"), (["--eval", "."], "checkpoint"),
     (["--eval", "child.py"], "child.py"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
@@ -530,10 +533,13 @@ def test_train_checkpoints_that_do_not_fit():
     assert "--steps" in fails("--out", "out", "--resume", "--steps", 2)
     assert "--context" in fails("--out", "out", "--resume", "--context", "spp")
     assert "--context" in fails("--eval", "out/last.pt", "--context", "ranet")
-    assert "other settings (--steps)" in fails(*TINY, "--steps", 3, "--context", "none", "--out", "out")
+    assert "--steps" in fails("--eval", "out/last.pt", "--steps", 3)
+    assert "--data" in fails("--predict", "out/last.pt", "a.png", "--data", "folder")
+    assert "pictures" in fails("--predict", "out/last.pt")
+    assert "--predict" in fails("--eval", "out/last.pt", "--predict", "out/last.pt", "a.png")
     checkpoint = load()
     torch.save({**checkpoint, "classes": ["a", "b"]}, "classes.pt")
-    assert "2 classes" in fails("--eval", "classes.pt")
+    assert "class 0 of 2 is 'a'" in fails("--eval", "classes.pt")
     torch.save({**checkpoint, "args": {**checkpoint["args"], "context": "spp"}}, "context.pt")
     assert "another model" in fails("--eval", "context.pt")
     torch.save(checkpoint["model"], "weights.pt")
@@ -550,12 +556,13 @@ def test_train_gpus_is_torchrun(monkeypatch):
         raise SystemExit(0)             # the real one does not return
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    run(*TINY, "--steps", 1, "--context", "none", "--out", "out")
     with pytest.raises(SystemExit):
-        run("--predict", "last.pt", "a.png", "b.png", "--gpus", 2)
+        run("--predict", "out/last.pt", "a.png", "b.png", "--gpus", 2)
     at = calls[0].index(train.__file__)
     assert calls[0][1:at] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     monkeypatch.setenv("RANK", "0")     # what each of the processes then parses
-    assert train.parse(calls[0][at + 1:]).predict == ["last.pt", "a.png", "b.png"]
+    assert train.parse(calls[0][at + 1:]).predict == ["out/last.pt", "a.png", "b.png"]
     with pytest.raises(SystemExit, match="torchrun"):
         train.parse(["--gpus", "1"])
 
