@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Do the pages say what the code does? Their Python runs and prints what they print, every equation has its page,
 function and tests, every link and anchor leads somewhere, and the mathematics is closed where it is opened."""
 import doctest
@@ -104,6 +105,7 @@ def test_docs_page_function_and_tests_name_each_other(page):
     text = (ROOT / "docs" / f"{page}.md").read_text()
     row = re.findall(rf"^\|.*\]\({page}\.md[#)].*$", (ROOT / "docs/README.md").read_text(), re.MULTILINE)
     assert EXPLAINED[page] and row, "a function, and a row of the map"
+    assert "(explore.html)" in text.split("\n## ")[0]
     prefixes = ["test_regions_", "test_lone_", "test_reps_"] if page == "regions" else [f"test_{page}_"]
     for prefix in prefixes:
         assert f"`{prefix}*`" in text and f"`{prefix}*`" in "".join(row)
@@ -118,11 +120,12 @@ def test_docs_page_function_and_tests_name_each_other(page):
     if page != "regions":
         assert text.startswith(f"# Eq. {page[2:]}: ")
         assert re.findall(r"^## (.+)$", text, re.MULTILINE) == [
-            "The equation", "Symbols", "The idea", "By hand", "Gradient", "The released code", "Tests"]
+            "The equation", "Symbols", "The idea", "By hand", "Gradient", "The released code"]
 
 
 def test_docs_name_only_what_exists():
-    tests = {name for file in (ROOT / "test_ranet.py", *ROOT.glob("tests/*.py")) for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
+    tests = {name for file in (ROOT / "test_ranet.py", *ROOT.glob("tests/*.py"))
+             for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
     for page, path in PAGES.items():
         for name, star in re.findall(r"\b(test_\w+)\b(?!\.py)(\*?)", path.read_text()):
             assert any(t == name or star and t.startswith(name) for t in tests), f"{page}: no test {name}{star}"
