@@ -66,7 +66,7 @@ def load(name: str, root: str | Path | None = None, split: str = "train", *, num
         raise DataError(f"coarse is a choice of cityscapes, not of {name}")
     if name == "shapes":
         return Shapes(split, seed)
-    options = dict(coarse=coarse) if name == "cityscapes" else {}
+    options = {"coarse": coarse} if name == "cityscapes" else {}
     if name == "pascal_context":
         options["num_classes"] = 59 if num_classes is None else num_classes
     files = sets[name](root, split, **options)

@@ -497,7 +497,7 @@ def test_eq8_equals_the_loop(x):
 
 @given(interactions())
 def test_eq6_weights_sum_to_1_over_the_other_pixels(x):
-    A, J, labels, reps = x
+    A, _J, labels, reps = x
     W = ranet.intra_region_collection(*x)[1]
     is_rep = torch.isin(torch.arange(len(A)), reps)
     members = (labels[reps][:, None] == labels) & ~is_rep
@@ -730,7 +730,7 @@ def test_rcb_gradients_are_the_same_every_time_on_several_threads():
 
 
 def test_rcb_keeps_nothing_without_gradients():
-    B, C, A = random_map(5, 6)
+    B, C, _A = random_map(5, 6)
     with torch.no_grad():
         regions = ranet.RCB().double()(B[None].requires_grad_(), C[None])
     assert regions.J.grad_fn is None and not regions.J.requires_grad

@@ -1,26 +1,22 @@
+# SPDX-License-Identifier: MIT
 """Measures what the readings of differences.md change.
 
-    python docs/differences.py --root camvid        # R1, R3, R8, R11: on label maps
-    python docs/differences.py --collapse           # R14: trains on the generated scenes, with BN(O) and with O
+    python docs/differences.py --root camvid        # R1, R3, R4b, R8, R11: on label maps
 
-On label maps, B and C are made from the labels of a `folder` data set (B 0.9 on class borders and 0.05 elsewhere, C a
+B and C are made from the labels of a `folder` data set (B 0.9 on class borders and 0.05 elsewhere, C a
 softmax that is sure of the label), so that the numbers speak of the equations and not of a trained network.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d, interpolate, one_hot
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import ranet  # noqa: E402
-import train  # noqa: E402
-from data import boundary_mask, load  # noqa: E402
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+import ranet
+from data import boundary_mask, load
 
 torch.set_grad_enabled(False)
 
@@ -115,7 +111,8 @@ def region_sizes(labels: list[Tensor], N: int) -> None:
     side = 97
     print(f"\nR4b. Regions at {side} x {side}, k = 3, tau = 0.8 (means over {len(labels)} label maps, in brackets the "
           "lowest and the highest of one map):\n")
-    print("| lone pixels | cues | Q | pixels a region | lone pixels, share of all | regions of more than 20 pixels | P (K = 8) |")
+    print("| lone pixels | cues | Q | pixels a region | lone pixels, share of all | regions of more than 20 pixels | "
+          "P (K = 8) |")
     print("|" + "---|" * 7)
     for join in (False, True):
         for cues in ("both", "boundary", "semantic"):
@@ -145,38 +142,12 @@ def boundary_target(labels: list[Tensor]) -> None:
           f"cells\n{taught:.0%} of the pixels are boundary: what a loss at image size teaches B there.")
 
 
-def collapse(seed: int) -> None:
-    build = train.build
-
-    def bare(*args) -> ranet.RANet:
-        model = build(*args)
-        model.norm = nn.Identity()
-        return model
-
-    print("| meets A | step | Q | single pixels, share of all | mean B | mean J | fine loss | coarse loss |")
-    print("|" + "---|" * 8)
-    for name, make in (("BN(O)", build), ("O", bare)):
-        with TemporaryDirectory() as out, mock.patch.object(train, "build", make), torch.enable_grad():
-            with open(Path(out, "screen.txt"), "w") as screen, mock.patch.object(sys, "stdout", screen):
-                train.main(["--seed", str(seed), "--out", out])
-            log = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-            score = json.loads(Path(out, "metrics.json").read_text())
-        for line in (log[step - 1] for step in (1, 5, 20, 50, 100, 200, 300, 400)):
-            print(f"| {name} | {line['step']} | {line['regions']:.0f} | {line['singles']:.2f} | {line['mean_B']:.2f} | "
-                  f"{line['mean_J']:.2f} | {line['fine']:.2f} | {line['coarse']:.2f} |")
-        print(f"| {name} | mIoU, fine and coarse | {score['fine_miou']:.3f} | {score['coarse_miou']:.3f} |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--root", help="a data set in the layout of `folder`")
-    what.add_argument("--collapse", action="store_true", help="train with and without BN on O")
-    parser.add_argument("--seed", type=int, default=0, help="for --collapse")
-    parser.add_argument("--images", type=int, default=24, help="how many label maps of its val split, evenly spread (half as many of each split for R4b)")
+    parser.add_argument("--root", required=True, help="a data set in the layout of `folder`")
+    parser.add_argument("--images", type=int, default=24,
+                        help="how many label maps of its val split, evenly spread (half as many of each split for R4b)")
     args = parser.parse_args()
-    if args.collapse:
-        return collapse(args.seed)
     data = load("folder", args.root, "val")
     labels = [data[i * len(data) // args.images][1].as_subclass(Tensor) for i in range(args.images)]
     N = len(data.classes)

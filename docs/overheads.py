@@ -3,9 +3,6 @@ r"""What RANet costs beside the blocks that the paper compares it with (Tables 1
 
     python docs/overheads.py                         # the table, at 97 x 97 with 512 channels and 19 classes
     python docs/overheads.py --device cuda           # the same on a GPU
-    python docs/overheads.py --growth                # time and memory against size, classes and regions; a picture
-    python docs/overheads.py --floor                 # what eqs. 1-8 must compute and move, and how long that takes
-    python docs/overheads.py --profile               # where the time of RCB and RIB goes
     python docs/overheads.py --calls                 # what RCB and RIB ask of a GPU, counted without one
 
 Every block takes A [1, M, H, W] to O [1, M, H, W] and stands where RCB and RIB stand in the network: the 3x3
@@ -18,8 +15,6 @@ peak beyond module and inputs; on the CPU the resident set of a fresh process fo
 Measure on an idle machine: RCB makes thousands of small calls, and each waits for the slowest thread.
 """
 import argparse
-import collections
-import contextlib
 import datetime
 import math
 import os
@@ -34,13 +29,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import ranet  # noqa: E402
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+import ranet
+import train
 
 LINUX = Path("/proc/self/clear_refs").exists()
 
@@ -57,38 +52,6 @@ class PlainNonLocal(nn.Module):
         X = A.flatten(2).mT                                     # [b, HW, M]
         weights = (X @ X.mT).softmax(2)                         # [b, HW, HW]  softmax over all pixels j
         return (weights @ X).mT.reshape(A.shape)                # [b, M, H, W]
-
-
-class NonLocal(nn.Module):
-    """Wang et al., Non-local Neural Networks, CVPR 2018: the embedded Gaussian block; theta, phi and g have
-    M / 2 channels, W_z brings them back to M, and A is added."""
-
-    def __init__(self, M: int):
-        super().__init__()
-        self.theta, self.phi, self.g = (nn.Conv2d(M, M // 2, 1) for _ in range(3))
-        self.out = nn.Conv2d(M // 2, M, 1)
-
-    def forward(self, A: Tensor) -> Tensor:
-        query, key, value = (f(A).flatten(2).mT for f in (self.theta, self.phi, self.g))   # [b, HW, M / 2] each
-        weights = (query @ key.mT).softmax(2)                   # [b, HW, HW]  softmax over all pixels j
-        O = (weights @ value).mT.unflatten(2, A.shape[2:])      # [b, M / 2, H, W]
-        return self.out(O) + A                                  # [b, M, H, W]
-
-
-class PyramidPooling(nn.Module):
-    """Zhao et al., Pyramid Scene Parsing Network, CVPR 2017: means over 1, 4, 9 and 36 bins, each brought to
-    M / 4 channels and laid out over the image again."""
-
-    def __init__(self, M: int, bins: tuple[int, ...] = (1, 2, 3, 6)):
-        super().__init__()
-        self.bins = bins
-        self.branches = nn.ModuleList(nn.Conv2d(M, M // len(bins), 1) for _ in bins)
-
-    def forward(self, A: Tensor) -> Tensor:
-        maps = [nn.functional.adaptive_avg_pool2d(A, n) for n in self.bins]     # [b, M, n, n]
-        maps = [branch(x).relu() for x, branch in zip(maps, self.branches)]     # [b, M / 4, n, n]
-        maps = [nn.functional.interpolate(x, A.shape[2:], mode="bilinear") for x in maps]   # [b, M / 4, H, W]
-        return torch.cat(maps, 1)                               # [b, M, H, W]
 
 
 class AsymmetricNonLocal(nn.Module):
@@ -216,8 +179,8 @@ class RegionAttention(nn.Module):
 # name: what its row is called, what the row includes, the module for (M, n)
 BLOCKS = {
     "plain": ("softmax(A A^T) A", "two products of matrices", lambda M, n: PlainNonLocal()),
-    "pyramid": ("pyramid pooling", "4 poolings, 4 1x1 convolutions", lambda M, n: PyramidPooling(M)),
-    "nonlocal": ("non-local", "3 embeddings to M/2, 1x1 back to M", lambda M, n: NonLocal(M)),
+    "pyramid": ("pyramid pooling", "4 poolings, 4 1x1 convolutions", lambda M, n: train.PyramidPooling(M)),
+    "nonlocal": ("non-local", "3 embeddings to M/2, 1x1 back to M", lambda M, n: train.NonLocal(M)),
     "asymmetric": ("asymmetric non-local", "APNB: 2 embeddings to M/2, 1x1 back to M",
                    lambda M, n: AsymmetricNonLocal(M)),
     "crisscross": ("CCNet", "2 rounds of: key, query to M/8, value", lambda M, n: CrissCross(M)),
@@ -229,7 +192,7 @@ SCENES = {
     "objects": "5 x 5 objects",
     "one": "one region",
     "pixels": "every pixel a region",
-    "cells": "cells of 2 x 2 pixels",
+    "pairs": "regions of two pixels",
 }
 for key, words in SCENES.items():
     BLOCKS[key] = (f"RANet, {words}", "RCB and RIB", lambda M, n: RegionAttention())
@@ -238,21 +201,19 @@ for key, words in SCENES.items():
 def scene(kind: str, n: int, N: int) -> tuple[Tensor, Tensor]:
     """B [1, n, n] and C [1, N, n, n] as a trained network might give them: classes certain, boundaries 0.9."""
     at = torch.arange(n)
+    row = k = at * 5 // n if kind == "objects" else torch.zeros_like(at)        # [n]  of equal class
     if kind == "objects":
-        k = at * 5 // n                                         # [n]
         B = torch.full((n, n), 0.05)                            # [n, n]
         edge = (k[1:] != k[:-1]).nonzero()[:, 0]
         edge = torch.cat((edge, edge + 1))                      # both sides of each border
         B[edge] = B[:, edge] = 0.9
-    elif kind == "cells":                                       # the most representatives in regions of several
-        k = at // 3
-        wall = at % 3 == 2
-        B = torch.where(wall | wall[:, None], 0.9, 0.05)        # [n, n]
+    elif kind == "pairs":                                       # two pixels, and a wall that joins them
+        row, k = at // 2, at // 3
+        wall = (at % 3 == 2) | (at[:, None] % 2 == 1)
+        B = torch.where(wall, 0.9, 0.05)                        # [n, n]
     else:
-        k = torch.zeros_like(at)
         B = torch.full((n, n), 0.05 if kind == "one" else 0.9)  # [n, n]
-    count = int(k[-1]) + 1
-    classes = torch.randint(N, (count, count))[k][:, k]         # [n, n]
+    classes = torch.randint(N, (int(row[-1]) + 1, int(k[-1]) + 1))[row][:, k]   # [n, n]
     logits = 8.0 * nn.functional.one_hot(classes, N) + 0.3 * torch.randn(n, n, N)               # [n, n, N]
     B = (B + 0.01 * torch.randn(n, n)).clamp(0, 1)
     return B[None], logits.softmax(2).permute(2, 0, 1)[None]    # softmax over the classes
@@ -268,14 +229,14 @@ def make(name: str, n: int, M: int, N: int, device: str) -> tuple[nn.Module, lis
     return BLOCKS[name][2](M, n).to(device), [x.to(device).requires_grad_() for x in inputs], dO.to(device)
 
 
-def run(name: str, n: int, M: int, N: int, device: str, train: bool) -> tuple[float, int]:
-    """Seconds of a forward pass, with the backward pass if `train`, and the peak of bytes beyond the start."""
+def run(name: str, n: int, M: int, N: int, device: str, backward: bool) -> tuple[float, int]:
+    """Seconds of a forward pass, with the backward pass if `backward`, and the peak of bytes beyond the start."""
     block, inputs, dO = make(name, n, M, N, device)
     before = reset_peak(device)
     start = time.perf_counter()
-    with torch.set_grad_enabled(train):
+    with torch.set_grad_enabled(backward):
         O = block(*inputs)                                      # [1, M, H, W]
-        if train:
+        if backward:
             O.backward(dO)
     wait(device)
     return time.perf_counter() - start, highest(device) - before
@@ -317,8 +278,8 @@ def times(cases: list[tuple], rounds: int, device: str) -> dict[tuple, list[list
     seconds = {case: [[], []] for case in cases}
     for _ in range(rounds):
         for case in cases:
-            for train in (False, True):
-                seconds[case][train].append(run(*case, device, train)[0])
+            for backward in (False, True):
+                seconds[case][backward].append(run(*case, device, backward)[0])
     return seconds
 
 
@@ -327,32 +288,32 @@ def ratio(seconds: list[float], unit: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, unit))
 
 
-def peak(name: str, n: int, M: int, N: int, device: str, train: bool) -> int | None:
+def peak(name: str, n: int, M: int, N: int, device: str, backward: bool) -> int | None:
     """Bytes beyond module and inputs. On the CPU in a process of its own, whose allocator gives back every
     block of 1 MiB or more at once; None where memory runs out."""
     if device == "cuda":
         try:
-            run(name, 9, M, N, device, train)                   # the libraries' own work space
-            return run(name, n, M, N, device, train)[1]
+            run(name, 9, M, N, device, backward)                   # the libraries' own work space
+            return run(name, n, M, N, device, backward)[1]
         except torch.cuda.OutOfMemoryError:
             return None
     mebi = str(2 ** 20)
     settings = {"MALLOC_MMAP_THRESHOLD_": mebi, "MALLOC_TRIM_THRESHOLD_": mebi, "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, __file__, "--child", name, "--size", n, "--channels", M, "--classes", N,
-               "--threads", torch.get_num_threads(), *["--train"] * train]
-    done = subprocess.run([str(x) for x in command], env=os.environ | settings, capture_output=True, text=True)
+               "--threads", torch.get_num_threads(), *["--backward"] * backward]
+    done = subprocess.run([str(x) for x in command], env=os.environ | settings, capture_output=True, text=True, check=False)
     if done.returncode and "memory" not in done.stderr:
         raise RuntimeError(done.stderr)
     return None if done.returncode else int(done.stdout)
 
 
-def child(name: str, n: int, M: int, N: int, train: bool) -> None:
+def child(name: str, n: int, M: int, N: int, backward: bool) -> None:
     """Prints the bytes of `peak`. Running out of memory must end this process and no other."""
-    run(name, 9, 16, N, "cpu", train)                           # torch's own work space and threads
+    run(name, 9, 16, N, "cpu", backward)                           # torch's own work space and threads
     if LINUX:
         free = in_proc("meminfo", "MemAvailable")
         resource.setrlimit(resource.RLIMIT_DATA, (free, resource.RLIM_INFINITY))
-    print(run(name, n, M, N, "cpu", train)[1])
+    print(run(name, n, M, N, "cpu", backward)[1])
 
 
 def samples(n: int) -> int:
@@ -399,7 +360,7 @@ def count(name: str, n: int, M: int, N: int, device: str) -> tuple[int, int, str
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The four reports
+# The two reports
 # ---------------------------------------------------------------------------------------------------------
 
 def table(head: str, rows: list[list]) -> str:
@@ -412,7 +373,7 @@ def mib(size: int | None) -> str:
 
 
 def compare(n: int, M: int, N: int, rounds: int, device: str) -> None:
-    memory = {name: [mib(peak(name, n, M, N, device, train)) for train in (False, True)] for name in BLOCKS}
+    memory = {name: [mib(peak(name, n, M, N, device, backward)) for backward in (False, True)] for name in BLOCKS}
     seconds = times([(name, n, M, N) for name in BLOCKS], rounds, device)
     unit = seconds["plain", n, M, N]
     rows = []
@@ -433,163 +394,6 @@ and inputs, the output included, and with backward the gradients too.
 In no row: a 3x3 convolution from 2048 channels before the block ({conv[0]}), one
 from {M} after it ({conv[1]}), and RANet's two 1x1 heads for B and C
 ({2 * M * (N + 1) * n * n / 1e9:.2f} GFLOP, {(M + 1) * (N + 1):,} parameters).""")
-
-
-def grow(sides: list[int], M: int, rounds: int, device: str, figure: Path) -> None:
-    rows, lines = [], {}
-    for n in sides:
-        cases = [("plain", n, M, 1)] + [(name, n, M, N) for name in ("objects", "cells") for N in (19, 60, 171)]
-        memory = {case: peak(*case, device, True) for case in cases}
-        fits = [case for case in cases if memory[case] is not None]
-        seconds = times(fits, rounds, device)
-        for case in fits:
-            own, unit = seconds[case], seconds.get(cases[0])
-            middle = [statistics.median(x) for x in own]
-            ratios = [f"{ratio(*pair):.2f}" for pair in zip(own, unit)] if unit else ["-", "-"]
-            classes = "" if case == cases[0] else case[3]
-            words = [f"{x:.3g}" for x in middle]
-            rows.append([n, BLOCKS[case[0]][0], classes, *words, *ratios, mib(memory[case])])
-            print(*rows[-1], sep="  ", file=sys.stderr)         # this takes long
-            lines.setdefault((case[0], case[3]), []).append((n, middle[1], memory[case] / 2 ** 20))
-    print(table("side | block | classes | s, forward | and backward | ratio, forward | and backward | MiB", rows))
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    draw(figure, lines)
-
-
-def draw(path: Path, lines: dict[tuple, list[tuple]]) -> None:
-    """Two log-log plots, seconds and MiB of a training step against the side of the map."""
-    scale, width, height = 3, 480, 400                          # drawn three times as large, then made smaller
-    picture = Image.new("RGB", ((2 * width + 260) * scale, height * scale), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13 * scale)
-    colours = {1: "#555555", 19: "#1b6ca8", 60: "#d9822b", 171: "#a83279"}
-    sides = sorted({point[0] for points in lines.values() for point in points})
-    for panel, title in ((1, "seconds, forward and backward"), (2, "MiB beyond the inputs, forward and backward")):
-        values = [max(point[panel], 1e-3) for points in lines.values() for point in points]
-        low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
-
-        def place(side: float, value: float) -> tuple[float, float]:
-            x = math.log(side / sides[0]) / math.log(max(sides[-1] / sides[0], 1.01))
-            y = (math.log10(max(value, 1e-3)) - low) / (high - low)
-            return ((panel - 1) * width + 60 + 390 * x) * scale, (height - 50 - 300 * y) * scale
-
-        for power in range(low, high + 1):
-            (x0, y), (x1, _) = place(sides[0], 10.0 ** power), place(sides[-1], 10.0 ** power)
-            pen.line((x0, y, x1, y), "#dddddd", scale)
-            pen.text((x0 - 12 * scale, y), f"{10.0 ** power:,g}", "black", font, anchor="rm")
-        for side in sides:
-            pen.text((place(side, 1)[0], (height - 38) * scale), str(side), "black", font, anchor="mt")
-        pen.text((place(sides[0], 1)[0], 22 * scale), title, "black", font, anchor="lm")
-        pen.text((place(sides[-1], 1)[0], (height - 8) * scale), "pixels a side", "black", font, anchor="rm")
-        for row, ((name, N), points) in enumerate(lines.items()):
-            points = [place(point[0], point[panel]) for point in points]
-            pen.line(points, colours[N], 2 * scale)
-            words = BLOCKS[name][0] + (f", {N} classes" if name in SCENES else "")
-            points.append(((2 * width + 10) * scale, (60 + 24 * row) * scale))      # the legend, right of both
-            pen.text((points[-1][0] + 10 * scale, points[-1][1]), words, "black", font, anchor="lm")
-            for x, y in points:
-                fill = "white" if name == "cells" else colours[N]
-                pen.circle((x, y), 4 * scale, fill, colours[N], scale)
-    picture.resize((2 * width + 260, height), Image.Resampling.LANCZOS).save(path)
-
-
-def floor(n: int, M: int, N: int, device: str) -> None:
-    """What eqs. 1-8 must compute and move for the scene of 5 x 5 objects, at the speed of single operations."""
-    block, (A, B, C), _ = make("objects", n, M, N, device)
-    with torch.no_grad():
-        size = block.rcb(B, C).labels.flatten().bincount().cpu()    # [Q]
-    pixels, reps = n * n, size.clamp_max(8)                     # [Q]
-    pairs, P = pixels * (pixels + 1) // 2, int(reps.sum())
-    several = reps[reps > 1]                                    # a softmax over one representative needs no logits
-    ops = operations(n, N, 3) | {
-        "eq. 6": 4 * M * int((reps * (size - reps)).sum()),
-        "eq. 7": 4 * M * int(P * several.sum() - several.square().sum()),
-        "eq. 8": 4 * M * int((reps * size).sum()),
-    }
-    # Each step reads its [HW, HW] once and writes its own once, symmetric ones by half; G is a byte an entry.
-    half, full = 4 * pairs, 4 * pixels ** 2
-    moved = {"eq. 1, maxima": half, "eq. 3": 2 * half, "eq. 4, smoothing": half + full,
-             "eq. 4, decision": full + pairs, "regions": pairs, "eq. 5": 4 * int(size.square().sum()),
-             "eq. 6": 4 * M * (pixels + P), "eq. 7": 8 * M * P, "eq. 8": 4 * M * (2 * pixels + P)}
-    speed = speeds(device)
-    rows, total = [], 0.0
-    for step in ops:
-        kind = next((kind for kind in ("logarithms", "maxima") if kind in step), "rest")
-        kind = "products" if step in ("eq. 6", "eq. 7", "eq. 8") else kind
-        compute, move = ops[step] / speed[kind], moved.get(step, 0) / speed["bytes"]
-        total += max(compute, move)
-        rows.append([step, f"{ops[step] / 1e9:.3f}", f"{moved.get(step, 0) / 2 ** 20:,.0f}", f"{compute:.3f}",
-                     f"{move:.3f}"])
-    print(table("step | 10^9 operations | MiB | s to compute | s to move", rows))
-    seen = ", ".join(f"{kind} {x / 1e9:.1f}" for kind, x in speed.items())
-    print(f"""
-Eq. 1 takes {samples(n):,} samples over all {pixels ** 2:,} ordered pairs, {samples(n) / pixels ** 2:.1f} a pair.
-5 x 5 objects: {len(size):,} regions, {P:,} representatives. 10^9 a second, seen just now: {seen}.
-The larger of the two times of every step adds up to {total:.2f} s, forward.""")
-
-
-def speeds(device: str) -> dict[str, float]:
-    """Operations and bytes a second: on a CPU within its cache, the copy alone through memory."""
-    x, y = torch.rand(2, 2 ** (25 if device == "cuda" else 17), device=device)
-    large, copy, matrix = (torch.rand(2 ** 26, device=device), torch.rand(2 ** 26, device=device),
-                           torch.rand(2048, 2048, device=device))
-    kinds = {"logarithms": (lambda: torch.log2(x, out=y), len(x)),
-             "maxima": (lambda: x.view(64, -1).amax(0), len(x)),
-             "rest": (lambda: y.addcmul_(x, x), 2 * len(x)),
-             "products": (lambda: matrix @ matrix, 2 * 2048 ** 3),
-             "bytes": (lambda: copy.copy_(large), 2 * large.nbytes)}
-    best = {}
-    for kind, (f, amount) in kinds.items():
-        repeats = max(1, 2 ** 26 // amount)                     # enough to be timed
-        for _ in range(5):
-            wait(device)
-            start = time.perf_counter()
-            for _ in range(repeats):
-                f()
-            wait(device)
-            best[kind] = max(best.get(kind, 0), repeats * amount / (time.perf_counter() - start))
-    return best
-
-
-PARTS = {
-    "_walk_lines": "eq. 1", "_gather_lines": "eq. 1, few calls", "_divergence": "eq. 2", "_smooth": "eq. 4, smoothing", "_components": "regions",
-    "_join": "lone pixels", "_gradient": "eqs. 2-5 again, for the gradient", "select_representatives": "representatives",
-    "intra_region_collection": "eq. 6", "inter_region_interaction": "eq. 7", "intra_region_distribution": "eq. 8"}
-
-
-def profile(n: int, M: int, N: int, rounds: int, device: str) -> None:
-    spent, inner, phase = collections.Counter(), [], ["forward"]
-
-    def timed(part: str, f):
-        def call(*args, **options):
-            wait(device)
-            start = time.perf_counter()
-            inner.append(0.0)
-            result = f(*args, **options)
-            wait(device)
-            seconds = time.perf_counter() - start
-            spent[part, phase[0]] += seconds - inner.pop()      # without the parts within this part
-            if inner:
-                inner[-1] += seconds
-            return result
-        return call
-
-    rcb = "eq. 3, decision of eq. 4, eq. 5"
-    with contextlib.ExitStack() as stack:
-        for name, part in PARTS.items():
-            stack.enter_context(mock.patch.object(ranet, name, timed(part, getattr(ranet, name))))
-        for i in range(rounds + 1):
-            if i <= 1:
-                spent.clear()                                   # the first call of everything is slow
-            block, (A, B, C), dO = make("objects", n if i else 9, M, N, device)
-            phase[0] = "forward"
-            regions = timed(rcb, block.rcb)(B, C)
-            O = timed("RIB, the rest", block.rib)(A, regions)   # [1, M, H, W]
-            phase[0] = "backward"
-            timed("RIB, its gradient", O.backward)(dO)
-    parts = dict.fromkeys(part for part, _ in spent)
-    rows = [[part, *(f"{spent[part, phase] / rounds:.3f}" for phase in ("forward", "backward"))] for part in parts]
-    sums = [sum(x for (_, phase), x in spent.items() if phase == way) / rounds for way in ("forward", "backward")]
-    print(table("part | s, forward | s, backward", [*rows, ["all", *(f"{x:.3f}" for x in sums)]]))
 
 
 # What starts nothing on a GPU, and what makes the host wait for one.
@@ -640,34 +444,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--growth", action="store_true")
-    parser.add_argument("--sides", type=int, nargs="+", default=[33, 49, 65, 97, 129, 161], help="for --growth")
-    parser.add_argument("--figure", type=Path, default=Path(__file__).parent / "figures" / "growth.png",
-                        help="where --growth draws")
-    parser.add_argument("--floor", action="store_true")
-    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--calls", action="store_true", help="count them, as on a GPU")
     parser.add_argument("--child", choices=BLOCKS, help=argparse.SUPPRESS)
-    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     case = args.size, args.channels, args.classes
     if args.child:
-        return child(args.child, *case, args.train)
+        return child(args.child, *case, args.backward)
     if args.device == "cuda":
         chip = torch.cuda.get_device_name()
     else:
         found = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if LINUX else None
         chip = f"{found[1] if found else platform.processor()}, {args.threads} threads"
     print(f"{datetime.date.today()}, torch {torch.__version__}, {chip}\n")
-    if args.growth:
-        grow(args.sides, args.channels, args.rounds, args.device, args.figure)
-    elif args.floor:
-        floor(*case, args.device)
-    elif args.calls:
+    if args.calls:
         calls(*case)
-    elif args.profile:
-        profile(*case, args.rounds, args.device)
     else:
         compare(*case, args.rounds, args.device)
 

@@ -3,16 +3,15 @@
 import sys
 from types import SimpleNamespace
 
+import pictures
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 import data
-import pictures
 import ranet
 import train
-
 
 torch.set_num_threads(1)
 close = torch.testing.assert_close
@@ -35,7 +34,7 @@ def trained(tmp_path_factory):
         save(path, checkpoint)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.Shapes, "splits", dict(train=16, val=3, test=3))
+        patch.setattr(data.Shapes, "splits", {"train": 16, "val": 3, "test": 3})
         patch.setattr(pictures, "SCENES", (0, 2))
         patch.setattr(train, "build", watched_build)
         patch.setattr(train, "save", watched_save)
@@ -99,7 +98,7 @@ def test_maps_are_those_of_the_network(drawn):
 
 
 def test_attention_shows_the_rows_of_the_matrices(drawn):
-    model, image, maps = drawn
+    _model, image, maps = drawn
     size, pixels = tuple(maps.B.shape), [0, 100, 200]
     picture = pictures.attention(image, maps, pixels, data.Shapes.palette)
     assert picture.width <= 1400
@@ -113,7 +112,7 @@ def test_attention_shows_the_rows_of_the_matrices(drawn):
 
 
 def test_weights_show_the_weights_and_fade_what_has_none(drawn):
-    model, image, maps = drawn
+    _model, image, maps = drawn
     size = tuple(maps.B.shape)
     p = int(pictures.largest(maps, 1)[0][1])
     picture = pictures.weights(image, maps, [p])
@@ -130,7 +129,7 @@ def test_weights_show_the_weights_and_fade_what_has_none(drawn):
 
 
 def test_dots_of_eq7_lie_on_the_representatives_of_other_regions(drawn):
-    model, image, maps = drawn
+    _model, image, maps = drawn
     size = tuple(maps.B.shape)
     p = int(pictures.largest(maps, 1)[0][0])
     picture = pictures.weights(image, maps, [p])
