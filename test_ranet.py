@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Is the code the mathematics? Each equation against an oracle that shares nothing with ranet.py (plain
 Python loops, fractions, scipy), its properties on drawn inputs, its gradients by central differences, the
 modules against the functions, and deliberate mistakes that the same tests must catch."""
@@ -591,8 +592,8 @@ def compare(B, C, A, seed=0, k=3, threshold=0.7, cues="both", joint=True, join_l
     slow = torch.autograd.grad((O * weight).sum(), inputs, allow_unused=True)
     for few_calls, numbers in ((True, 2 ** 26), (True, 40), (False, 2 ** 19), (False, 40)):     # a GPU's way, a CPU's
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ranet, "_few_calls", lambda B: few_calls)
-            patch.setattr(ranet, "_numbers", lambda x: numbers)
+            patch.setattr(ranet, "_few_calls", lambda B, few=few_calls: few)
+            patch.setattr(ranet, "_numbers", lambda x, n=numbers: n)
             regions = rcb(B[None], C[None])
             fast = rib(A.T.reshape(1, -1, H, W), regions)
             assert torch.equal(regions.labels.flatten(), labels)
@@ -703,10 +704,10 @@ def test_rcb_kernel_is_a_softmax_that_starts_at_its_centre():
 
 
 def test_rcb_sharp_probabilities_keep_gradients_finite():
-    logits = torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(0)).sign() * 120
+    sharp = torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(0)).sign() * 120
     B = torch.rand(1, 5, 6, generator=torch.Generator().manual_seed(0))
     A = torch.ones(1, 3, 5, 6, requires_grad=True)
-    for logits in (logits, torch.zeros_like(logits)):
+    for logits in (sharp, torch.zeros_like(sharp)):
         logits.requires_grad_()
         O = ranet.RIB()(A, ranet.RCB()(B.requires_grad_(), logits.softmax(1)))
         O.square().sum().backward()
@@ -864,7 +865,7 @@ def test_file_needs_torch_alone_and_is_silent(tmp_path):
     probe = ("import torch; state = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled();"
              "import ranet; now = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled();"
              "assert torch.equal(state[0], now[0]) and state[1:] == now[1:]")
-    run = subprocess.run([sys.executable, "-W", "error", "-c", probe], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-W", "error", "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
@@ -879,7 +880,7 @@ def test_file_docstrings_open_with_their_equation_and_survive_python():
 def test_file_usage_example_works(capsys):
     lines = ranet.__doc__.split("import torch, ranet\n")[1].split("\n\n")[0]
     code = "import torch, ranet\n" + "\n".join(line.strip() for line in lines.splitlines())
-    exec(code, {})
+    exec(code, {})                                              # noqa: S102  the docstring's lines
     assert capsys.readouterr().out.startswith("torch.Size([2, 19, 128, 160])\ntensor([")
 
 
@@ -1032,14 +1033,14 @@ def test_mutants_are_caught(name, monkeypatch):
 
     def passes(text):
         module = types.ModuleType("mutant")
-        exec(compile(text, "mutant", "exec"), module.__dict__)
+        exec(compile(text, "mutant", "exec"), module.__dict__)  # noqa: S102
         monkeypatch.setitem(globals(), "ranet", module)
         try:
             for check in checks(name):
                 check()
         except (NameError, TypeError, AttributeError):
             raise                                               # a mutant must compute something wrong, not break
-        except Exception:
+        except Exception:       # noqa: BLE001  however a test fails
             return False
         return True
 

@@ -399,8 +399,8 @@ from {M} after it ({conv[1]}), and RANet's two 1x1 heads for B and C
 # What starts nothing on a GPU, and what makes the host wait for one.
 VIEWS = set("""view _unsafe_view reshape expand as_strided slice select transpose t permute unsqueeze squeeze split
     split_with_sizes unbind diagonal detach alias unfold _reshape_alias lift_fresh empty new_empty empty_strided
-    empty_like new_empty_strided""".split())
-WAITS = set("_local_scalar_dense nonzero unique_consecutive equal bincount".split())
+    empty_like new_empty_strided""".split())       # noqa: SIM905
+WAITS = {"_local_scalar_dense", "nonzero", "unique_consecutive", "equal", "bincount"}
 
 
 class Calls(TorchDispatchMode):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Does every data set give the labels its format means? On small files in the exact real layouts; each kind of
 broken file; the augmentation; the boundary masks and the generated scenes against what they promise."""
 import struct
@@ -96,7 +97,7 @@ def test_data_cityscapes(tmp_path, deep):
     assert train[0][1].tolist() == expected and len(train) == 2 and len(train.classes) == len(train.palette) == 19
     assert (train.classes[0], train.classes[18], train.palette[13]) == ("road", "bicycle", (0, 0, 142))
     assert len(data.load("cityscapes", tmp_path, "trainval")) == 3
-    both = data.load("cityscapes", tmp_path, "trainval", coarse=True)
+    both = data.load("cityscapes", tmp_path, "trainval+coarse")
     assert [both.name(i) for i in range(len(both))][3:] == ["troisdorf_000000_000074"] and both[3][1].tolist() == expected
     test = data.load("cityscapes", tmp_path, "test")
     assert (test[0][1] == 255).all() and test.name(0) == "berlin_000000_000019"
@@ -122,7 +123,7 @@ def write_pascal(root, labels, lists="SegmentationContext"):
 @pytest.mark.parametrize("labels", ["trainval", "SegmentationClassContext", "59_context_labels"])
 def test_data_pascal_context_forms_agree(tmp_path, labels):
     write_pascal(tmp_path, labels, "Main" if labels == "trainval" else "SegmentationContext")
-    set59, set60 = (data.load("pascal_context", tmp_path, "val", num_classes=n) for n in (None, 60))
+    set59, set60 = (data.load(f"pascal_context{n}", tmp_path, "val") for n in ("", 60))
     assert set59[0][1].tolist() == [[255, 0, 1, 255, 58, 49]] and set60[0][1].tolist() == [[0, 1, 2, 0, 59, 50]]
     assert [set59.classes[n] for n in (0, 1, 58, 49)] == ["aeroplane", "bag", "wood", "table"]
     assert len(set59.classes) == 59 and set59.classes == sorted(set59.classes) and set60.classes == ["background"] + set59.classes
@@ -187,14 +188,15 @@ def test_data_says_what_is_wrong(tmp_path, breakage, said):
 
 
 def test_data_says_what_cannot_be(tmp_path):
-    for name, root, split, options, said in [
-            ("pictures", tmp_path, "train", {}, "unknown data set 'pictures'"), ("folder", None, "train", {}, "needs root"),
-            ("folder", tmp_path, "training", {}, "unknown split 'training'"), ("shapes", None, "x", {}, "unknown split"),
-            ("cityscapes", tmp_path, "train", {}, r"missing: .*leftImg8bit/train\n.*Expected folders"),
-            ("pascal_context", tmp_path, "train", {"num_classes": 33}, "59 or 60"), ("shapes", None, "train", {"coarse": True}, "coarse"),
-            ("coco_stuff", tmp_path, "train", {}, "Expected folders"), ("pascal_context", tmp_path, "val", {}, "Expected folders")]:
+    for name, root, split, said in [
+            ("pictures", tmp_path, "train", "unknown data set 'pictures'"), ("folder", None, "train", "needs root"),
+            ("folder", tmp_path, "trainval", "unknown split 'trainval' of folder, expected one of train, val, test"),
+            ("shapes", tmp_path, "train", "has no root"), ("shapes", None, "train+coarse", "unknown split"),
+            ("cityscapes", tmp_path, "val+coarse", "unknown split"),
+            ("cityscapes", tmp_path, "train", r"missing: .*leftImg8bit/train\n.*Expected folders"),
+            ("coco_stuff", tmp_path, "train", "Expected folders"), ("pascal_context60", tmp_path, "val", "Expected folders")]:
         with pytest.raises(data.DataError, match=f"(?s){said}"):
-            data.load(name, root, split, **options)
+            data.load(name, root, split)
 
 
 def test_data_augmentation_hangs_on_the_seed_alone_and_keeps_image_and_label_together():
@@ -245,9 +247,9 @@ def test_data_training_set(tmp_path):
 def test_data_shapes_are_functions_of_seed_split_and_index():
     train, val = data.load("shapes"), data.load("shapes", split="val")
     code = "import data, zlib; print([zlib.crc32(data.load('shapes')[i][0].numpy().tobytes()) for i in (0, 5)])"
-    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
+    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert other.strip() == str([zlib.crc32(train[i][0].numpy().tobytes()) for i in (0, 5)])
-    images = [train[0], train[1], val[0], data.load("shapes", seed=1)[0]]
+    images = [train[0], train[1], val[0], data.Shapes(seed=1)[0]]
     assert len({image.numpy().tobytes() for image, _ in images}) == 4
     assert set(torch.cat([train[i][1].unique() for i in range(20)]).tolist()) == set(range(7))
 
