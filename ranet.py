@@ -888,12 +888,10 @@ def _walk_lines(B: Tensor, reach: int, D: Tensor | None = None, steps: Tensor | 
 def _reach(labels: Tensor, W: int) -> int:
     """The longer side of the widest region [HW]."""
     pixel = torch.arange(len(labels), device=labels.device)     # [HW]
-    sides = []
-    for at in (pixel // W, pixel % W):
-        last, first = (torch.zeros_like(labels).scatter_reduce(0, labels, at, end, include_self=False)
-                       for end in ("amax", "amin"))             # [HW]  by region
-        sides.append((last - first).max())
-    return int(torch.stack(sides).max())
+    last, first = (torch.zeros(2, len(labels), dtype=torch.long, device=labels.device).scatter_reduce(
+        1, labels.expand(2, -1), torch.stack((pixel // W, pixel % W)), end, include_self=False)
+        for end in ("amax", "amin"))                            # [2, HW]  row and column, by region
+    return int((last - first).max())
 
 
 def _gradient(B, C, Wg, labels, dJ, steps, cues, needs):
@@ -907,7 +905,12 @@ def _gradient(B, C, Wg, labels, dJ, steps, cues, needs):
     size = labels.bincount()                                    # [Q]
     order = labels.argsort(stable=True)                         # [HW]  pixels by region
     d = torch.arange(k, device=B.device) - k // 2
-    for members in [order] if _few_calls(B) else order.split(_groups(size, 512)):
+    if _few_calls(B):
+        groups = [order]
+    else:       # whole regions that start within the same 512 pixels
+        part = ((size.cumsum(0) - size) // 512).repeat_interleave(size)     # [HW]
+        groups = order.split(part.unique_consecutive(return_counts=True)[1].tolist())
+    for members in groups:
         q = labels[members] - labels[members[0]]                # [members]  whole regions, from 0
         Q = int(q[-1]) + 1
         y = (members // W + d[:, None, None]).clamp(0, H - 1)   # [k, 1, members]
@@ -966,12 +969,6 @@ def _gradient(B, C, Wg, labels, dJ, steps, cues, needs):
         dC.index_add_(1, V, dc / 2)
         dWg += X.view(-1).index_select(0, at.flatten()).view(k, k, -1).sum(2)   # over the members
     return dB.view_as(B), dC.view(N, H, W), dWg
-
-
-def _groups(size: Tensor, pixels: int) -> list[int]:
-    """How many pixels, by region, to take together: whole regions that start within the same `pixels`."""
-    part = ((size.cumsum(0) - size) // pixels).repeat_interleave(size)          # [HW]
-    return part.unique_consecutive(return_counts=True)[1].tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------
