@@ -331,7 +331,8 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
                     "classes": list(data.classes), "palette": [list(colour) for colour in data.palette]})
     except (KeyboardInterrupt, ValueError, OSError) as error:
         kept = f"{last} is whole, and --resume goes on from it" if last.exists() else "there is no checkpoint yet"
-        sys.exit(f"training stopped at step {step}: {one_line(error)}; {kept}")
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
+        sys.exit(f"training stopped at step {step}: {reason}; {kept}")
     finally:
         bar.close()
 
@@ -381,7 +382,8 @@ def read_checkpoint(path: str | Path) -> dict:
 def restore(model: nn.Module, checkpoint: dict, path: str | Path, classes: Sequence[str]) -> None:
     for n, (trained, here) in enumerate(itertools.zip_longest(checkpoint["classes"], classes)):
         if trained != here:
-            sys.exit(f"class {n} of {len(checkpoint['classes'])} is {trained!r} in {path}, of {len(classes)} in the data {here!r}")
+            sys.exit(f"class {n} is {trained!r} in {path} and {here!r} in the data "
+                     f"({len(checkpoint['classes'])} and {len(classes)} classes)")
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError:

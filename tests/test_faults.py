@@ -117,7 +117,7 @@ def test_files_left_out_and_texts_of_other_systems_are_said(tmp_path, capsys):
 
 def test_classes_in_another_order_are_told(trained, tmp_path):
     other = folder(tmp_path / "set", classes=("road", "sky"))
-    assert "class 0 of 2 is 'sky' in" in run("--eval", trained[1], "--root", other, "--workers", "0")
+    assert "class 0 is 'sky' in" in run("--eval", trained[1], "--root", other, "--workers", "0")
 
 
 def test_predictions_are_ids_with_colours_and_replace_only_predictions(trained, tmp_path, capsys):
@@ -162,3 +162,27 @@ def test_windows_together_are_windows_one_by_one():
             total[:, :, y:y + 8, x:x + 8] += torch.cat([window[:, :2] * window.mean(), window[:, 1:]])
             count[y:y + 8, x:x + 8] += 1
     torch.testing.assert_close(together, total / count)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_evaluation(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *args: pytest.fail("evaluated first"))
+    (tmp_path / "file").write_text("")
+    said = run("--eval", trained[1], "--root", trained[0], "--workers", "0", "--out", tmp_path / "file" / "out")
+    assert "Not a directory" in said
+
+
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
+                  "workers are out of shared memory."), "too little shared memory for workers: raise it, or use --workers 0"),
+    (KeyboardInterrupt(), "training stopped at step 1: interrupted; there is no checkpoint yet")])
+def test_what_ends_a_training_is_one_line(trained, tmp_path, monkeypatch, error, said):
+    loss, calls = train.ranet.ranet_loss, []
+
+    def broken(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return loss(*args, **options)
+    monkeypatch.setattr(train.ranet, "ranet_loss", broken)
+    flags = "--context", "none", "--steps", "40", "--out", tmp_path / "run"
+    assert said in run(*TINY, "--root", trained[0], *flags)

@@ -539,7 +539,7 @@ def test_train_checkpoints_that_do_not_fit():
     assert "--predict" in fails("--eval", "out/last.pt", "--predict", "out/last.pt", "a.png")
     checkpoint = load()
     torch.save({**checkpoint, "classes": ["a", "b"]}, "classes.pt")
-    assert "class 0 of 2 is 'a'" in fails("--eval", "classes.pt")
+    assert "class 0 is 'a' in classes.pt and 'ground' in the data (2 and 7 classes)" in fails("--eval", "classes.pt")
     torch.save({**checkpoint, "args": {**checkpoint["args"], "context": "spp"}}, "context.pt")
     assert "another model" in fails("--eval", "context.pt")
     torch.save(checkpoint["model"], "weights.pt")
