@@ -35,7 +35,7 @@ from torch.nn.functional import interpolate, pad, scaled_dot_product_attention
 from torch.utils.data import DataLoader, Subset
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
-from torchvision.transforms.v2.functional import center_crop, resize
+from torchvision.transforms.v2.functional import center_crop, resize, to_pil_image
 from torchvision.utils import draw_keypoints, draw_segmentation_masks, make_grid
 from tqdm import tqdm
 
@@ -342,7 +342,8 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
     result = evaluate(model, val, "val", args.split, args, rank, world, device)
     if rank == 0:
         report(result)
-        write_json(out / "metrics.json", dict(result, steps=args.steps, seed=args.seed))
+        result = dict(result, steps=args.steps, seed=args.seed)
+        (out / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
         draw_overview(model, val, args, device, out / "overview.png")
 
 
@@ -394,10 +395,6 @@ def writable(out: Path) -> None:
     """Makes the folder; one that cannot be written to is told before the work."""
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()
-
-
-def write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -509,7 +506,8 @@ def evaluate_checkpoint(args, rank: int, world: int, device: torch.device) -> No
         print(f"{len(data)} label maps for the Cityscapes server in {predictions}")
     elif rank == 0:
         report(result)
-        write_json(out / f"eval-{args.split}.json", dict(result, steps=args.saved["step"]))
+        result = dict(result, steps=args.saved["step"])
+        (out / f"eval-{args.split}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 OURS = PngImagePlugin.PngInfo()
@@ -544,7 +542,7 @@ def predict(args, rank: int, world: int, device: torch.device) -> None:
         mask.putpalette([x for colour in palette for x in colour])      # and viewers show the colours
         found = label.unique()
         overlay = draw_segmentation_masks(image, label == found[:, None, None], 0.6, [palette[n] for n in found])
-        for target, result in zip(targets, (mask, as_picture(overlay))):
+        for target, result in zip(targets, (mask, to_pil_image(overlay))):
             result.save(target, pnginfo=OURS)
             print(target, flush=True)
     if bad:
@@ -556,10 +554,6 @@ def predict(args, rank: int, world: int, device: torch.device) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 TILE = 192      # pixels a side of each small picture
-
-
-def as_picture(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
 def tile(image: Tensor) -> Tensor:
@@ -592,7 +586,7 @@ def draw_overview(model: nn.Module, data, args, device: torch.device, path: Path
         if output.regions is not None:
             row.insert(3, draw_regions(output.regions.labels[0], output.regions.J[0], args.k))
         tiles += row
-    as_picture(make_grid(tiles, len(row), padding=8, pad_value=255)).save(path)
+    to_pil_image(make_grid(tiles, len(row), padding=8, pad_value=255)).save(path)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -606,10 +600,6 @@ def number(kind: type, least: float, below: float = math.inf):
         return kind(text)
     convert.__name__ = f"{kind.__name__} from {least}"          # argparse shows it
     return convert
-
-
-def flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -675,7 +665,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     fixed = () if not known else SETTINGS if command == "training" else MODEL
     for key in fixed:
         if getattr(args, key) != known.get(key) and key != "root":
-            sys.exit(f"{flag(key)} {getattr(args, key)} contradicts {path}, which was trained with {known.get(key)}")
+            sys.exit(f"--{key} {getattr(args, key)} contradicts {path}, which was trained with {known.get(key)}")
     if args.predict and (len(args.predict) == 1 or args.resume or args.eval or args.data != known["data"]):
         sys.exit("--predict: expected a checkpoint and pictures, and no --resume, --eval or --data")
     if args.gpus and "RANK" in os.environ:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import resize, to_pil_image
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 import ranet
@@ -42,7 +42,7 @@ def scene(name: str, B: Tensor, C: Tensor, A: Tensor, classes: list[str], image:
     picture = ""
     if image is not None:
         file = io.BytesIO()
-        train.as_picture(resize(image, [8 * H, 8 * W])).save(file, "JPEG", quality=80)
+        to_pil_image(resize(image, [8 * H, 8 * W])).save(file, "JPEG", quality=80)
         picture = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
     return {"name": name, "H": H, "W": W, "N": N, "M": len(A), "classes": list(classes), "unit": unit,
             "B": text((255 * B).round().byte()), "C": text((255 * C).round().byte()),

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.v2.functional import center_crop
+from torchvision.transforms.v2.functional import center_crop, to_pil_image
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 import ranet
@@ -80,7 +80,7 @@ def heat(x: Tensor) -> Tensor:
 
 def tile(image: Tensor, side: int = TILE) -> Image.Image:
     """uint8 [3, h, w] as a picture of side x side; pixels stay sharp."""
-    return train.as_picture(image).resize((side, side), Image.Resampling.NEAREST)
+    return to_pil_image(image).resize((side, side), Image.Resampling.NEAREST)
 
 
 def middle(image: Tensor, crop: int) -> Tensor:
@@ -120,7 +120,7 @@ def arrange(titles: list[str], rows: list[list[tuple[Image.Image, str]]], legend
             pen.text((left + side / 2, y + side + below / 2), row[j][1], "black", small, anchor="mm")
     pen.text((GAP, height - 14), legend, "black", large, anchor="lm")
     if scale:
-        strip = train.as_picture(heat(torch.linspace(0, 1, 160).expand(12, -1)))
+        strip = to_pil_image(heat(torch.linspace(0, 1, 160).expand(12, -1)))
         picture.paste(strip, (width - 200, height - 20))
         for x, text in ((width - 208, "0"), (width - 32, "1")):
             pen.text((x, height - 14), text, "black", large, anchor="mm")
@@ -163,7 +163,7 @@ def weights(image: Tensor, maps: SimpleNamespace, chosen: list[int]) -> Image.Im
             share = (maps.Wi[p, r] / top).view(1, 1)
             dot(senders, int(maps.reps[r]), size, 3 + 3 * share.item(), tuple(heat(share).flatten().tolist()))
         regions = train.draw_regions(maps.labels.view(size), maps.J.view(size), maps.K)
-        row = [(tile(image), ""), (train.as_picture(regions), count(inside, "pixel")),
+        row = [(tile(image), ""), (to_pil_image(regions), count(inside, "pixel")),
                within(others, maps.Wl[p], image, size),
                (senders, f"highest {top:.2g}, of {count(weighed, 'representative')}"),
                within(inside, maps.Wd[:, p], image, size),
@@ -208,7 +208,7 @@ def growth(steps: tuple[int, ...] = STEPS, flags: tuple[str, ...] = ()) -> Image
             with torch.no_grad():
                 labels, J = model(normalize(image)[None]).regions       # [1, H, W] each
             regions = train.draw_regions(labels[0], J[0], args.k)
-            row.append((train.as_picture(regions), f"Q = {int(labels.max()) + 1}"))
+            row.append((to_pil_image(regions), f"Q = {int(labels.max()) + 1}"))
     legend = "Colours: regions. Dots: representatives."
     return arrange(["image", *(f"step {step}" for step in steps)], rows, legend, scale=False)
 
@@ -221,7 +221,7 @@ def line(rise: int = 3, run: int = 7, side: int = 64) -> Image.Image:
     """Eq. 1: the samples of the line from i to j, each between two pixels; the highest is D_ij."""
     y, x = torch.meshgrid(torch.arange(rise + 1.0), torch.arange(run + 1.0), indexing="ij")
     B = 0.1 + 0.75 * torch.exp(-(x - 4.6 + 0.4 * y) ** 2)      # [rise + 1, run + 1]  a boundary across
-    picture = train.as_picture(heat(B)).resize(((run + 1) * side, (rise + 1) * side), Image.Resampling.NEAREST)
+    picture = to_pil_image(heat(B)).resize(((run + 1) * side, (rise + 1) * side), Image.Resampling.NEAREST)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     middle = [((s + 0.5) * side, (s * rise / run + 0.5) * side) for s in range(run + 1)]
     pen.line([middle[0], middle[-1]], "white", 2)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.transforms.v2.functional import to_pil_image
 
 import data
 import ranet
@@ -483,7 +484,7 @@ def test_train_evaluation_leaves_out_ignored_pixels(monkeypatch):
 def test_train_predicts_pictures(capsys):
     run(*TINY, "--steps", 1, "--out", "out")
     image = data.load("shapes", split="test")[0][0]
-    picture = train.as_picture(image[:, :50])                  # not square
+    picture = to_pil_image(image[:, :50])                  # not square
     picture.save("a.png")
     picture.convert("L").save("grey.jpg")
     run("--predict", "out/last.pt", "a.png", "grey.jpg", "--out", "results", "--flip")
@@ -583,7 +584,7 @@ def make_folder(root, pictures=4, size=40):
             (root / split / kind).mkdir(parents=True)
         for i in range(pictures):
             image = torch.rand(3, size, size) * 100 + 100 * (label == 1)    # [3, h, w]
-            train.as_picture(image.byte()).save(root / split / "images" / f"{i}.png")
+            to_pil_image(image.byte()).save(root / split / "images" / f"{i}.png")
             Image.fromarray(label.numpy()).save(root / split / "labels" / f"{i}.png")
 
 
