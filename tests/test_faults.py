@@ -186,3 +186,12 @@ def test_what_ends_a_training_is_one_line(trained, tmp_path, monkeypatch, error,
     monkeypatch.setattr(train.ranet, "ranet_loss", broken)
     flags = "--context", "none", "--steps", "40", "--out", tmp_path / "run"
     assert said in run(*TINY, "--root", trained[0], *flags)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_is_named(tmp_path, workers):
+    root = folder(tmp_path / "set", n=4)
+    path = root / "train" / "images" / "2.png"
+    path.write_bytes(path.read_bytes()[:100])
+    said = run(*TINY, "--root", root, "--steps", "4", "--workers", workers, "--out", tmp_path / "run")
+    assert "training stopped at step" in said and "2.png is no readable picture" in said and "\n" not in said

@@ -572,48 +572,6 @@ def test_train_gpus_is_torchrun(monkeypatch):
 # Files
 # ---------------------------------------------------------------------------------------------------------
 
-def make_folder(root, pictures=4, size=40):
-    """A data set of two classes, the picture's left and right half, with an ignored row."""
-    root.mkdir()
-    (root / "classes.txt").write_text("left\nright\n")
-    label = torch.zeros(size, size, dtype=torch.uint8)          # [h, w]
-    label[:, size // 2:] = 1
-    label[0] = 255
-    for split in ("train", "val"):
-        for kind in ("images", "labels"):
-            (root / split / kind).mkdir(parents=True)
-        for i in range(pictures):
-            image = torch.rand(3, size, size) * 100 + 100 * (label == 1)    # [3, h, w]
-            to_pil_image(image.byte()).save(root / split / "images" / f"{i}.png")
-            Image.fromarray(label.numpy()).save(root / split / "labels" / f"{i}.png")
-
-
-FOLDER = "--data", "folder", "--root", "folder", "--backbone", "small", "--batch", 2, "--crop", 32
-
-
-def test_train_learns_a_folder(tmp_path):
-    make_folder(tmp_path / "folder")
-    run(*FOLDER, "--steps", 12, "--lr", 0.05, "--workers", 1, "--out", "out")
-    metrics = json.loads(Path("out/metrics.json").read_text())
-    assert metrics["classes"].keys() == {"left", "right"} and log()[-1]["loss"] < log()[0]["loss"]
-
-
-@pytest.mark.parametrize("broken, workers",
-                         [("image", 0), ("image", 1), ("label", 0), ("size", 0), ("class", 0)])
-def test_train_names_a_broken_file(tmp_path, broken, workers):
-    make_folder(tmp_path / "folder")
-    image, label = (tmp_path / "folder" / "train" / kind / "2.png" for kind in ("images", "labels"))
-    if broken == "image":
-        image.write_bytes(image.read_bytes()[:100])
-    elif broken == "label":
-        label.write_bytes(b"")
-    elif broken == "size":
-        Image.new("L", (30, 40)).save(label)
-    else:
-        Image.new("L", (40, 40), 2).save(label)
-    assert "2.png" in fails(*FOLDER, "--steps", 4, "--workers", workers, "--out", "out")
-
-
 def test_train_writes_cityscapes_label_ids(tmp_path):
     for split in ("train", "val", "test"):
         for kind, suffix in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
