@@ -64,7 +64,6 @@ def painted() -> dict:
     return scene("painted", B, C / C.sum(0), A, ["ground", "disc", "wedge", "strip"])
 
 
-@torch.inference_mode()
 def trained(name: str, path: str, picture: str, H: int, W: int) -> dict:
     """What a checkpoint of train.py makes of a picture whose map is brought to H x W."""
     checkpoint = train.read_checkpoint(path)
@@ -73,8 +72,9 @@ def trained(name: str, path: str, picture: str, H: int, W: int) -> dict:
     stride = 4 if checkpoint["args"]["backbone"] == "small" else 8
     image = load("shapes", split="val")[int(picture)][0] if picture.isdigit() else read_image(picture)
     image = resize(image.as_subclass(Tensor), [stride * H, stride * W], antialias=True)
-    A = model.reduce(model.backbone(normalize(image)[None]))    # [1, M, H, W]
-    B, C = model.boundary(A)[0, 0].sigmoid(), model.semantic(A)[0].softmax(0)   # over the classes
+    with torch.inference_mode():
+        A = model.reduce(model.backbone(normalize(image)[None]))    # [1, M, H, W]
+        B, C = model.boundary(A)[0, 0].sigmoid(), model.semantic(A)[0].softmax(0)       # over the classes
     return scene(name, B, C, A[0], checkpoint["classes"], image)
 
 
