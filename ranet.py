@@ -741,13 +741,15 @@ class _FewCalls(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, B, C, Wg, threshold, cues, join_lone):
-        steps = _no_steps(B) if _few_calls(B) and cues != "semantic" and any(ctx.needs_input_grad) else None
-        few = max(1, _numbers(B) // B[0].numel() ** 2)          # images together
-        parts = zip(B.split(few), C.split(few), [None] * len(B) if steps is None else steps.split(few))
+        b, n = len(B), B[0].numel()
+        ctx.cues, ctx.kind = cues, torch.uint8 if max(B.shape[1:]) <= 256 else torch.int16      # of a step
+        keep = _few_calls(B) and cues != "semantic" and any(ctx.needs_input_grad)
+        steps = B.new_zeros(b, n if keep else 0, n, dtype=ctx.kind)
+        few = max(1, _numbers(B) // n ** 2)                     # images together
+        parts = zip(B.split(few), C.split(few), steps.split(few))
         parts = [_construct(*part, Wg, threshold, cues, join_lone) for part in parts]
         labels, J = map(torch.cat, zip(*parts))                 # [b, HW]
         ctx.save_for_backward(B, C, Wg, labels, steps)
-        ctx.cues = cues
         ctx.mark_non_differentiable(labels)
         return labels, J
 
@@ -755,30 +757,19 @@ class _FewCalls(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, _, dJ):
         B, C, Wg, labels, kept = ctx.saved_tensors
-        grads = []
-        for i in range(len(B)):
-            steps = None if kept is None else kept[i]
-            if steps is None and ctx.cues != "semantic":
-                steps = _no_steps(B[i:i + 1])                   # [1, HW, HW]
-                _walk_lines(B[i:i + 1], _reach(labels[i], B.shape[2]) + len(Wg) // 2, steps=steps)
-                steps = steps[0]
-            image = B[i], C[i], Wg, labels[i], dJ[i], steps
-            grads.append(_gradient(*image, ctx.cues, ctx.needs_input_grad))
+        n, grads = labels.shape[1], []
+        for i, steps in enumerate(kept):
+            if not len(steps) and ctx.cues != "semantic":
+                steps = B.new_zeros(n, n, dtype=ctx.kind)
+                _walk_lines(B[i:i + 1], _reach(labels[i], B.shape[2]) + len(Wg) // 2, steps=steps[None])
+            grads.append(_gradient(B[i], C[i], Wg, labels[i], dJ[i], steps, ctx.cues, ctx.needs_input_grad))
         dB, dC, dWg = zip(*grads)
         return torch.stack(dB), torch.stack(dC), sum(dWg), None, None, None
 
 
-def _no_steps(B: Tensor) -> Tensor:
-    """Room for the step of each line's highest sample, [b, HW, HW]: a byte a pair up to 256 pixels a side."""
-    n, kind = B[0].numel(), torch.uint8 if max(B.shape[1:]) <= 256 else torch.int16
-    return torch.zeros(len(B), n, n, dtype=kind, device=B.device)
-
-
 def _construct(B, C, steps, Wg, threshold, cues, join_lone):
     """Eqs. 1-5 of a few images without autograd."""
-    b, H, W = B.shape
-    n = H * W
-    C = C.flatten(2)                                            # [b, N, HW]
+    (b, H, W), n, C = B.shape, B[0].numel(), C.flatten(2)       # [b, N, HW]
     F = B.new_zeros(b, n, n)                                    # [b, HW, HW]  holds D, then F, then F^g
     G = torch.empty(b, n, n, dtype=torch.bool, device=B.device)     # [b, HW, HW]
     if cues != "semantic":
@@ -787,7 +778,7 @@ def _construct(B, C, steps, Wg, threshold, cues, join_lone):
     rows = max(1, _numbers(B) // (b * n))
     blocks = [(a, min(a + rows, n)) for a in range(0, n, rows)]
     for a, z in blocks:
-        E = 0 if cues == "boundary" else _divergence(C[..., a:z], C[..., a:]).clamp_(0, 1)
+        E = 0 if cues == "boundary" else _divergence(C[..., a:z], C[..., a:])[0]
         F[:, a:z, a:] = (1 - F[:, a:z, a:]) * (1 - E)           # [b, rows, HW - a]
         F[:, a:z, a:z] = F[:, a:z, a:z].triu() + F[:, a:z, a:z].triu(1).mT      # up to here only i <= j is filled
         F[:, z:, a:z] = F[:, a:z, z:].mT
@@ -804,25 +795,31 @@ def _construct(B, C, steps, Wg, threshold, cues, join_lone):
     return labels, (torch.cat(total, 1) / size).clamp_(0, 1)    # [b, HW]
 
 
-def _divergence(Ci: Tensor, Cj: Tensor) -> Tensor:
-    """Eq. 2 for pairs: [b, N, I] and [b, N, J] to [b, I, J], as entropies: one logarithm a class and pair.
-    2 E = sum over n of C_i (1 + log C_i) + C_j (1 + log C_j) - 2 U log 2 U."""
-    E = (Ci * (1 + _log2(Ci))).sum(1)[:, :, None] + (Cj * (1 + _log2(Cj))).sum(1)[:, None]     # [b, I, J]
-    for ci, cj in zip(Ci.unbind(1), Cj.unbind(1)):
-        U2 = ci[:, :, None] + cj[:, None]                       # [b, I, J]
-        E.addcmul_(U2, U2.clamp_min(2 * TINY).log2_(), value=-1)
-    return E.div_(2)
+def _divergence(Ci: Tensor, Cj: Tensor, dE: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Eq. 2 for pairs, [b, N, I] and [b, N, J] to E [b, I, J], one logarithm a class and pair: 2 E is the sum over n of
+    C_i (1 + log C_i) + C_j (1 + log C_j) - 2 U log 2 U. With dE [b, I, J] also the gradients of C_i and C_j."""
+    own = 1 + _log2(Ci), 1 + _log2(Cj)                          # [b, N, I], [b, N, J]
+    E = (Ci * own[0]).sum(1)[:, :, None] + (Cj * own[1]).sum(1)[:, None]            # [b, I, J]
+    di, dj = (None, None) if dE is None else (own[0] * dE.sum(2)[:, None] / 2, own[1] * dE.sum(1)[:, None] / 2)
+    for n in range(Ci.shape[1]):
+        U2 = Ci[:, n, :, None] + Cj[:, n, None]                 # [b, I, J]
+        log = U2.clamp_min(2 * TINY).log2_()
+        E.addcmul_(U2, log, value=-1)
+        if dE is not None:
+            log *= dE
+            di[:, n] -= log.sum(2) / 2                          # over the pixels j
+            dj[:, n] -= log.sum(1) / 2                          # over the pixels i
+    return E.div_(2).clamp_(0, 1), di, dj
 
 
 # Eq. 1 of images B [b, H, W] for the pairs i < j: the highest sample into D [b, HW, HW], the first step where it is met
 # into steps. All lines of the same L (steps along the longer axis) are read from one table: with the shorter axis laid
 # out at every L-th of a pixel in T, step s of the line from row r and column c to row r2 is T[r L + s (r2 - r), c + s].
 
-def _gather_lines(B: Tensor, D: Tensor, steps: Tensor | None) -> None:
+def _gather_lines(B: Tensor, D: Tensor, steps: Tensor) -> None:
     """For all lines of one L, one call gathers their samples and takes the maxima."""
-    b, H, W = B.shape
-    n = H * W
-    D, steps = (x if x is None else x.view(b, n * n).T for x in (D, steps))     # [HW HW, b]
+    (b, H, W), n = B.shape, B[0].numel()
+    D, steps = D.view(b, -1).T, steps.view(b, -1).T             # [HW HW, b]; steps can be empty
     for axes in ("xy",) if H == W else ("x", "y"):              # the longer axis; a square map takes both at once
         field = torch.cat([(B if axis == "x" else B.mT).permute(1, 2, 0) for axis in axes], 2)     # [h, w, g]
         h, w, g = field.shape
@@ -840,8 +837,7 @@ def _gather_lines(B: Tensor, D: Tensor, steps: Tensor | None) -> None:
         move = {"x": c * (n + 1), "y": c * (n + 1) * W}
         start, turn, move = (torch.stack([x[axis] for axis in axes]) for x in (start, turn, move))
         for L in range(1, w):
-            near = min(L, h - 1)
-            p = h + near * (2 * h - near - 1)                   # so many pairs lie no further apart than L
+            p = h + min(L, h - 1) * (2 * h - min(L, h - 1) - 1)     # so many pairs lie no further apart than L
             T = field[:, None] + part[:L] / L * slope[:, None]  # [h, L, w, g]
             first = (r[:p] * (w * L))[:, None]                  # [p, 1]      where the line from column 0 starts in T
             bags = torch.addcmul(first, incline[:p], c[:L + 1]).flatten()       # [p (L + 1)]
@@ -851,7 +847,7 @@ def _gather_lines(B: Tensor, D: Tensor, steps: Tensor | None) -> None:
             best, _, _, at = torch.embedding_bag(T, bags, ends, mode=2)         # [p, wide] each; mode 2: the maximum
             to = torch.add(start[:, :p], turn[:, :p], alpha=L)[..., None] + move[:, None, :w - L]   # [axes, p, w - L]
             results = [(D, best)]
-            if steps is not None:
+            if len(steps):
                 results.append((steps, ((at - first) // incline[:p]).to(steps.dtype)))
             for out, found in results:
                 for place, values in zip(to, found.view(p, w - L, len(axes), b).unbind(2)):
@@ -862,8 +858,7 @@ def _walk_lines(B: Tensor, reach: int, D: Tensor | None = None, steps: Tensor | 
     """For all lines of one L and rise r2 - r, their samples are a strided view of T, and one maximum serves all.
     Fills D or steps; lines of more than `reach` steps are left out."""
     out = D if steps is None else steps
-    b, H, W = B.shape
-    n = H * W
+    b, W, n = len(B), B.shape[2], B[0].numel()
     stride = {"y": n * W + W, "x": n + 1}                       # in out, of i and j moving together
     for field, rows, cols in ((B, "y", "x"), (B.mT, "x", "y")):     # the longer axis is cols
         h, w = field.shape[1:]
@@ -899,15 +894,13 @@ def _gradient(B, C, Wg, labels, dJ, steps, cues, needs):
     w_i share_q(j) F_ij, where share_q(j) is the sum of W^g over the offsets that bring a pixel of R_q to j, border
     replicated: the adjoint of `_smooth` on the indicator of R_q. It is 0 but on R_q and k // 2 pixels around, so
     only pairs of these are looked at; each once, since D and E are symmetric."""
-    (H, W), N, k = B.shape, len(C), len(Wg)
+    (H, W), k = B.shape, len(Wg)
     flat, C = B.flatten(), C.flatten(1)                         # [HW], [N, HW]
-    dB, dC, dWg = torch.zeros_like(flat), torch.zeros_like(C), torch.zeros_like(Wg)
-    size = labels.bincount()                                    # [Q]
-    order = labels.argsort(stable=True)                         # [HW]  pixels by region
+    dB, dC, dWg = map(torch.zeros_like, (flat, C, Wg))
+    size, order = labels.bincount(), labels.argsort(stable=True)        # [Q], [HW]  pixels by region
     d = torch.arange(k, device=B.device) - k // 2
-    if _few_calls(B):
-        groups = [order]
-    else:       # whole regions that start within the same 512 pixels
+    groups = [order]
+    if not _few_calls(B):       # whole regions that start within the same 512 pixels
         part = ((size.cumsum(0) - size) // 512).repeat_interleave(size)     # [HW]
         groups = order.split(part.unique_consecutive(return_counts=True)[1].tolist())
     for members in groups:
@@ -926,16 +919,12 @@ def _gradient(B, C, Wg, labels, dJ, steps, cues, needs):
         w[place[members]], region[place[members]] = dJ[members] / size[labels[members]], q
         wide = w * (region == torch.arange(Q, device=B.device)[:, None])        # [Q, v]
         X = torch.zeros_like(share)                             # [Q, v]  sum over i of w_i F_ij
-        c = C[:, V]                                             # [N, v]
-        own = 1 + _log2(c)                                      # [N, v]
-        entropy = (c * own).sum(0)                              # [v]
-        dc = torch.zeros_like(c)
+        c, dc = C[None, :, V], C.new_zeros(1, len(C), v)        # [1, N, v] each
         rows = max(1, _numbers(B) // v)
         for a in range(0, v, rows):
             r, s = slice(a, a + rows), slice(a, v)              # rows, and the columns not yet met as rows
             omega = w[r, None] * share[:, s].index_select(0, region[r])         # [r, s]
-            omega += (w[s, None] * share[:, r].index_select(0, region[s])).T
-            omega = omega.triu_()                               # each pair once,
+            omega = omega.add_((w[s, None] * share[:, r].index_select(0, region[s])).T).triu_()     # each pair once,
             omega.diagonal().div_(2)                            # but for i = j, which was added twice
             D = E = 0
             if cues != "semantic":
@@ -946,18 +935,9 @@ def _gradient(B, C, Wg, labels, dJ, steps, cues, needs):
                 D = lower + part * (upper - lower)              # [r, s]
             dE = omega * (D - 1)                                # [r, s]
             if cues != "boundary":
-                E = entropy[r, None] + entropy[s]               # [r, s]
-                for m in range(N):
-                    U2 = c[m, r, None] + c[m, s]                # [r, s]
-                    log = U2.clamp_min(2 * TINY).log2_()
-                    E.addcmul_(U2, log, value=-1)
-                    if needs[1]:
-                        log *= dE
-                        dc[m, r] -= log.sum(1)                  # over the columns
-                        dc[m, s] -= log.sum(0)                  # over the rows
-                E = E.div_(2).clamp_(0, 1)
-                dc[:, r] += own[:, r] * dE.sum(1)
-                dc[:, s] += own[:, s] * dE.sum(0)
+                E, di, dj = (x[0] for x in _divergence(c[..., r], c[..., s], dE[None]))
+                dc[0, :, r] += di
+                dc[0, :, s] += dj
             if cues != "semantic" and needs[0]:
                 dD = omega * (E - 1)                            # [r, s]
                 dB.index_add_(0, near.flatten(), (dD * (1 - part)).flatten())
@@ -966,9 +946,9 @@ def _gradient(B, C, Wg, labels, dJ, steps, cues, needs):
                 F = ((1 - D) * (1 - E)).triu_()                 # [r, s]
                 X[:, s] += wide[:, r] @ F
                 X[:, r] += wide[:, s] @ F.triu(1).T
-        dC.index_add_(1, V, dc / 2)
+        dC.index_add_(1, V, dc[0])
         dWg += X.view(-1).index_select(0, at.flatten()).view(k, k, -1).sum(2)   # over the members
-    return dB.view_as(B), dC.view(N, H, W), dWg
+    return dB.view_as(B), dC.view(-1, H, W), dWg
 
 
 # ---------------------------------------------------------------------------------------------------------
