@@ -797,18 +797,18 @@ def _construct(B, C, steps, Wg, threshold, cues, join_lone):
 
 def _divergence(Ci: Tensor, Cj: Tensor, dE: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Eq. 2 for pairs, [b, N, I] and [b, N, J] to E [b, I, J], one logarithm a class and pair: 2 E is the sum over n of
-    C_i (1 + log C_i) + C_j (1 + log C_j) - 2 U log 2 U. With dE [b, I, J] also the gradients of C_i and C_j."""
+    C_i (1 + log C_i) + C_j (1 + log C_j) - 2 U log 2 U. With dE [b, I, J] also the gradients of 2 E to C_i and C_j."""
     own = 1 + _log2(Ci), 1 + _log2(Cj)                          # [b, N, I], [b, N, J]
     E = (Ci * own[0]).sum(1)[:, :, None] + (Cj * own[1]).sum(1)[:, None]            # [b, I, J]
-    di, dj = (None, None) if dE is None else (own[0] * dE.sum(2)[:, None] / 2, own[1] * dE.sum(1)[:, None] / 2)
+    di, dj = (None, None) if dE is None else (own[0] * dE.sum(2)[:, None], own[1] * dE.sum(1)[:, None])
     for n in range(Ci.shape[1]):
         U2 = Ci[:, n, :, None] + Cj[:, n, None]                 # [b, I, J]
         log = U2.clamp_min(2 * TINY).log2_()
         E.addcmul_(U2, log, value=-1)
         if dE is not None:
             log *= dE
-            di[:, n] -= log.sum(2) / 2                          # over the pixels j
-            dj[:, n] -= log.sum(1) / 2                          # over the pixels i
+            di[:, n] -= log.sum(2)                              # over the pixels j
+            dj[:, n] -= log.sum(1)                              # over the pixels i
     return E.div_(2).clamp_(0, 1), di, dj
 
 
@@ -946,7 +946,7 @@ def _gradient(B, C, Wg, labels, dJ, steps, cues, needs):
                 F = ((1 - D) * (1 - E)).triu_()                 # [r, s]
                 X[:, s] += wide[:, r] @ F
                 X[:, r] += wide[:, s] @ F.triu(1).T
-        dC.index_add_(1, V, dc[0])
+        dC.index_add_(1, V, dc[0] / 2)
         dWg += X.view(-1).index_select(0, at.flatten()).view(k, k, -1).sum(2)   # over the members
     return dB.view_as(B), dC.view(-1, H, W), dWg
 

@@ -1017,7 +1017,7 @@ MUTATIONS = [
     ("rcb", "torch.where(gap < 0, n, 1)", "torch.full_like(gap, 1)"),                                 # i > j
     ("rcb", "sum(1)[:, :, None] + (Cj", "sum(1)[:, :, None] - (Cj"),
     ("rcb", "omega.diagonal().div_(2)", "pass"),                                                      # i = j twice
-    ("rcb", "dj[:, n] -= log.sum(1) / 2", "pass"),                                                     # one side of E
+    ("rcb", "dj[:, n] -= log.sum(1)", "pass"),                                                     # one side of E
     ("rcb", "(dD * part).flatten()", "dD.flatten()"),
     ("rcb", "F.triu(1).T", "F.T"),
 ]
