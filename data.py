@@ -40,7 +40,7 @@ PICTURES = ".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"
 
 
 class DataError(ValueError):
-    """Something in a data set is missing, broken or out of range; the message says what, where, and what was expected."""
+    """Something in a data set is missing, broken or out of range; the message says what, where, what was expected."""
 
 
 def load(name: str, root: str | Path | None = None, split: str = "train") -> Dataset:
@@ -124,7 +124,7 @@ GAP = 21        # pixels between the lamp and what it decides
 
 
 def _scene(rng: np.random.Generator, size: int, day: bool) -> tuple[np.ndarray, np.ndarray]:
-    """image uint8 [3, size, size], label uint8 [size, size]. `day` draws nothing from rng and is seen at the lamp alone."""
+    """image uint8 [3, size, size], label uint8 [size, size]. `day` draws nothing from rng and is seen at the lamp only."""
     y, x = np.mgrid[:size, :size].astype(np.float32)            # [size, size] each
     image = _texture(rng, y, x, GROUNDS[rng.integers(len(GROUNDS))])    # [3, size, size]
     label = np.zeros((size, size), np.uint8)                    # [size, size]
@@ -434,7 +434,8 @@ class PascalContext(Files):
         self.files = []
         for part in ("train", "val") if split == "trainval" else (split,):
             for name in read_lines(self.need(lists / f"{part}.txt")):
-                self.files.append((root / "JPEGImages" / f"{name}.jpg", labels / f"{name}.{'mat' if self.mat else 'png'}"))
+                label = labels / f"{name}.{'mat' if self.mat else 'png'}"
+                self.files.append((root / "JPEGImages" / f"{name}.jpg", label))
         if not self.files:
             raise DataError(f"{lists} names no images of the split {split}")
 
@@ -483,7 +484,8 @@ class CocoStuff(Files):
 
     def __init__(self, root: Path, split: str):
         used = [id_ for id_, name in enumerate(COCO_STUFF, 1) if name != "-"]
-        self.mat = self.need(root / "imageLists", root / "images" / "train2017", root / "images" / "val2017").name == "imageLists"
+        forms = root / "imageLists", root / "images" / "train2017", root / "images" / "val2017"
+        self.mat = self.need(*forms) == forms[0]
         shift = 0 if self.mat else 1                            # a PNG holds id - 1, and 255 for unlabelled
         rest = set(range(1, 183)) - set(used)
         self.table = id_table({id_ - shift: n for n, id_ in enumerate(used)},
@@ -555,8 +557,8 @@ class TrainingSet(Dataset):
 
 
 class Look(Dataset):
-    """For each image of a data set in files, [256] int64: how many pixels its label gives to each class. Reads labels and
-    the headers of pictures only, so that what is wrong with a file is told before the first step."""
+    """For each image of a data set in files, [256] int64: how many pixels its label gives to each class. Reads labels
+    and the headers of pictures only, so that what is wrong with a file is told before the first step."""
 
     def __init__(self, files: Files):
         self.files = files

@@ -54,9 +54,9 @@ from data import (
 )
 
 # The paper's values for its three data sets, and the field's where it is silent (R12).
-PAPER = {"root": None, "split": "train", "backbone": "resnet101", "weights": None, "strides": None, "channels": None, "context": "ranet",
-             "k": 8, "steps": 60000, "batch": 8, "crop": 520, "scale": [0.5, 2.0], "lr": 0.001, "weight_decay": 1e-4, "radius": 2.0, "seed": 0,
-             "amp": False, "compile": False}
+PAPER = {"root": None, "split": "train", "backbone": "resnet101", "weights": None, "strides": None, "channels": None,
+         "context": "ranet", "k": 8, "steps": 60000, "batch": 8, "crop": 520, "scale": [0.5, 2.0], "lr": 0.001,
+         "weight_decay": 1e-4, "radius": 2.0, "seed": 0, "amp": False, "compile": False}
 RECIPES = {
     "shapes": {**PAPER, "backbone": "small", "steps": 400, "crop": 72, "scale": [1.0, 1.0], "lr": 0.1, "radius": 1.0},
     "cityscapes": {**PAPER, "steps": 40000, "crop": 769, "scale": [0.7, 2.1], "weight_decay": 5e-4},
@@ -248,7 +248,8 @@ def look(split: str, data, workers: int) -> None:
             sys.exit(nothing)
         print(f"{nothing}: there will be no score", flush=True)
     elif missing:
-        print(f"{split}: no pixel of {len(missing)} of {len(data.classes)} classes: {', '.join(missing[:5])}", flush=True)
+        print(f"{split}: no pixel of {len(missing)} of {len(data.classes)} classes: {', '.join(missing[:5])}",
+              flush=True)
 
 
 def train(args, rank: int, world: int, device: torch.device) -> None:
@@ -619,12 +620,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args, _ = first.parse_known_args(argv)
     command = "--eval" if args.eval else "--predict" if args.predict else "training"
     path = args.eval or args.predict and args.predict[0]
-    if path:
-        saved = read_checkpoint(path)
-    else:
-        out = Path(args.out or f"runs/{args.data or 'shapes'}-{args.context or 'ranet'}")
-        path = out / "last.pt"
-        saved = read_checkpoint(path) if path.exists() else None
+    out = Path(path).parent if path else Path(args.out or f"runs/{args.data or 'shapes'}-{args.context or 'ranet'}")
+    path = path or out / "last.pt"
+    saved = read_checkpoint(path) if command != "training" or path.exists() else None
     known = saved["args"] if saved and (command != "training" or args.resume) else {}
     defaults = {**RECIPES[args.data or known.get("data", "shapes")], "data": "shapes", **known}
     if args.data not in (None, known.get("data")):      # an evaluation on other data
@@ -675,7 +673,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.backbone == "small" and args.weights not in (None, "none"):
         sys.exit("--backbone small has no trained weights")
     args.weights = args.weights or ("none" if args.backbone == "small" else "imagenet")
-    args.out = args.out or str(out if command == "training" else Path(path).parent / ("predictions" if args.predict else ""))
+    args.out = args.out or str(out / ("predictions" if args.predict else ""))
     args.saved, args.run = saved, evaluate_checkpoint if args.eval else predict if args.predict else train
     return args
 
@@ -709,7 +707,8 @@ def main(argv: list[str] | None = None) -> None:
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         if world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         args.run(args, rank, world, device)
     except KeyboardInterrupt:
         sys.exit("stopped")

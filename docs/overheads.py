@@ -301,7 +301,8 @@ def peak(name: str, n: int, M: int, N: int, device: str, backward: bool) -> int 
     settings = {"MALLOC_MMAP_THRESHOLD_": mebi, "MALLOC_TRIM_THRESHOLD_": mebi, "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, __file__, "--child", name, "--size", n, "--channels", M, "--classes", N,
                "--threads", torch.get_num_threads(), *["--backward"] * backward]
-    done = subprocess.run([str(x) for x in command], env=os.environ | settings, capture_output=True, text=True, check=False)
+    done = subprocess.run([str(x) for x in command], env=os.environ | settings, capture_output=True, text=True,
+                          check=False)
     if done.returncode and "memory" not in done.stderr:
         raise RuntimeError(done.stderr)
     return None if done.returncode else int(done.stdout)
