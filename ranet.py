@@ -36,13 +36,13 @@ How the paper is read where it is silent or contradicts itself (docs/differences
     R2   eq. 2: the Jensen-Shannon divergence with log base 2; as printed it is not 0 at i = j
     R3   eq. 4: one k x k kernel for all rows of F, weights >= 0 of sum 1; the sign is that of the mean minus tau
     R4   regions: the connected components of G, since G is not transitive
-    R4b  a pixel that is a component alone joins the region it is most attached to: regions of the paper's size
+    R4b  a pixel that is a component by itself joins the region it is most attached to: the paper's sizes
     R5   eq. 5: the mean runs over all of R_q, i included
     R6   phi: the min(K, |R_q|) highest J; ties go to the lower-numbered pixel
     R7   eq. 6: the softmax runs over R_q without its representatives; over nothing, the sum is 0
     R8   eq. 7: a softmax for each other region on its own, their sum not divided by Q - 1, as printed
     R9   eqs. 6-8: no 1 / sqrt(M) in the exponentials, as printed
-    R10  Table 1: one cue alone is F = 1 - D or F = 1 - E; without eqs. 6 and 8, A^g reaches only representatives
+    R10  Table 1: with one cue F = 1 - D or F = 1 - E; without eqs. 6 and 8, A^g reaches only representatives
     R11  boundary target: two classes within radius 2, max-pooled to B's grid; ignored pixels make no boundary
     R12  losses 1 : 1 : 1; where the paper is silent, the values of its released code or of the field
     R13  B starts at 0.05, so that the first map is one region
@@ -549,7 +549,7 @@ class RCB(nn.Module):
             B, C = _at_least_float32(B), _at_least_float32(C)
             if not self.joint:
                 B, C = B.detach(), C.detach()
-            labels, J = _FewCalls.apply(B, C, self.kernel().to(B), self.threshold, self.cues, self.join_lone)
+            labels, J = _RegionsOfBatch.apply(B, C, self.kernel().to(B), self.threshold, self.cues, self.join_lone)
         return Regions(labels.view(B.shape), J.view(B.shape))
 
 
@@ -736,7 +736,7 @@ def _few_calls(B: Tensor) -> bool:
     return B.device.type != "cpu" or B.shape[-2:].numel() <= 1600
 
 
-class _FewCalls(torch.autograd.Function):
+class _RegionsOfBatch(torch.autograd.Function):
     """`construct_regions` for a batch: B [b, H, W], C [b, N, H, W], W^g [k, k] to labels and J [b, HW]."""
 
     @staticmethod
