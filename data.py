@@ -12,27 +12,27 @@
     image, label = scenes[0]                # uint8 [3, h, w]; uint8 [h, w]: 0..N-1, 255 = ignored
     batch = TrainingSet(scenes, crop=72)    # indexed by (index, seed): image, label, boundary mask
 
-Every data set has `len()`, `classes` (N names), `palette` (N colours), `name(i)` (unique, a file stem for
-predictions) and `file(i)` (for messages). Whatever is wrong with the files raises `DataError`, which names
-the file. A split without labels gives labels of 255 only. Rn in a comment is a line of docs/differences.md.
+Every data set has `len()`, `classes` (N names) and `palette` (N colours). What is wrong with its files is a `DataError`
+that names the file. A split without labels has labels of 255 only. Rn in a comment is a line of docs/differences.md.
 """
 import colorsys
 import contextlib
 import inspect
 import itertools
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import scipy.io
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from scipy.ndimage import maximum_filter, minimum_filter
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
+from torchvision import datasets, tv_tensors
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.functional import pil_to_tensor
 
 IGNORE = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # of ImageNet, for values 0..1
@@ -44,14 +44,9 @@ class DataError(ValueError):
 
 
 def load(name: str, root: str | Path | None = None, split: str = "train") -> Dataset:
-    """A data set by name; item i is (image uint8 [3, h, w], label uint8 [h, w], 255 = ignored).
-
-    Args:
-        name: shapes, cityscapes, pascal_context, pascal_context60, coco_stuff or folder; the class of each shows
-            its folders and its splits.
-        root: the folder of the data set. None for shapes.
-    Raises: DataError for an unknown name or split, a missing or empty folder, a missing file.
-    """
+    """A data set by name (those above; the class of each shows its folders and splits); root, its folder, is None for
+    shapes. Item i is (image uint8 [3, h, w], label uint8 [h, w], 255 = ignored). DataError for an unknown name or
+    split, a missing or empty folder, a missing file."""
     sets = {"shapes": Shapes, "cityscapes": Cityscapes, "pascal_context": PascalContext,
             "pascal_context60": PascalContext60, "coco_stuff": CocoStuff, "folder": Folder}
     if name not in sets:
@@ -60,15 +55,7 @@ def load(name: str, root: str | Path | None = None, split: str = "train") -> Dat
         raise DataError("shapes is generated and has no root" if root else f"{name} needs root, its folder")
     if split not in sets[name].splits:
         raise DataError(f"unknown split {split!r} of {name}, expected one of {', '.join(sets[name].splits)}")
-    if name == "shapes":
-        return Shapes(split)
-    files = sets[name](Path(root), split)
-    for image, label in files.files:        # now, not after hours of training
-        if not image.exists():
-            raise DataError(f"missing: {image}")
-        if label and not label.exists():
-            raise DataError(f"missing: {label}, the label of {image}")
-    return files
+    return Shapes(split) if name == "shapes" else sets[name](Path(root), split)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -76,20 +63,16 @@ def load(name: str, root: str | Path | None = None, split: str = "train") -> Dat
 # ---------------------------------------------------------------------------------------------------------
 
 class Shapes(Dataset):
-    r"""Scenes of balls and stars that are day or night things by the lamp, a small disc far away.
+    """Scenes of balls and stars that are day or night things by the lamp, a small disc far away.
 
-    A golden lamp, the sun, makes every ball a "day ball" and every star a "day star"; a blue one, the moon, makes
-    them "night". Nothing else in the picture differs, the lamp is at least 21 pixels from every ball and star, and
-    day and night take turns. So a network whose output sees less than 21 pixels around calls the same share p of
-    the ball pixels day by day and by night: IoU(day ball) = p / (1 + p), IoU(night ball) = (1 - p) / (2 - p), whose
-    sum is highest at p = 1/2: 1/3 each. So is it for the stars, and with the other three classes perfect its mIoU is
-    at most (3 + 4/3) / 7 = 61.9 % in the mean over scenes (a split can be a few points off, by its luck).
-    A scale augmentation below or above 1 can push the lamp out of the crop: leave it at 1.
+    A golden lamp, the sun, makes every ball a "day ball" and every star a "day star"; a blue one, the moon, makes them
+    "night". Nothing else differs, the lamp is at least 21 pixels from every ball and star, day and night take turns. So
+    a network whose output sees less than 21 pixels around calls the same share p of the ball pixels day by day and by
+    night: IoU(day ball) = p / (1 + p), IoU(night ball) = (1 - p) / (2 - p), whose sum is highest at p = 1/2: 1/3 each.
+    So with the stars; with the other three classes perfect its mIoU is at most (3 + 4/3) / 7 = 61.9 % in the mean over
+    scenes (a split can be a few points off, by its luck). Scaling can push the lamp out of the crop: leave it at 1.
 
-    Args:
-        split: train (2000 scenes), val (200) or test (200), from different random streams.
-        seed: other scenes; the same (seed, split, index) is the same scene everywhere.
-        size: h and w, at least 64: image [3, size, size], label [size, size].
+    The same (seed, split, index) is the same scene everywhere. size: h and w, at least 64.
     """
     classes = "ground", "sun", "moon", "day ball", "night ball", "day star", "night star"
     palette = ((196, 180, 150), (255, 225, 90), (210, 235, 255), (240, 150, 30), (60, 90, 200), (220, 60, 70),
@@ -104,12 +87,6 @@ class Shapes(Dataset):
     def __len__(self) -> int:
         return self.splits[self.split]
 
-    def name(self, i: int) -> str:
-        return f"{self.split}_{i:04d}"
-
-    def file(self, i: int) -> str:
-        return f"shapes (seed {self.seed}), {self.name(i)}"
-
     def __getitem__(self, i: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         if not 0 <= i < len(self):
             raise IndexError(f"scene {i} of {len(self)}")
@@ -120,15 +97,13 @@ class Shapes(Dataset):
 
 GROUNDS = (214, 192, 152), (150, 170, 120), (176, 150, 130), (150, 160, 170), (190, 170, 180)
 COATS = (150, 88, 140), (88, 140, 110), (190, 96, 84), (120, 120, 120), (150, 112, 84), (190, 120, 150)
-GAP = 21        # pixels between the lamp and what it decides
 
 
 def _scene(rng: np.random.Generator, size: int, day: bool) -> tuple[np.ndarray, np.ndarray]:
-    """image uint8 [3, size, size], label uint8 [size, size]. `day` draws nothing from rng and is seen at the lamp only."""
+    """uint8 image [3, size, size] and label [size, size]. `day` draws nothing from rng and is seen at the lamp only."""
     y, x = np.mgrid[:size, :size].astype(np.float32)            # [size, size] each
     image = _texture(rng, y, x, GROUNDS[rng.integers(len(GROUNDS))])    # [3, size, size]
     label = np.zeros((size, size), np.uint8)                    # [size, size]
-
     lamp_r = rng.uniform(7.5, 9)
     side, along, depth = rng.integers(4), rng.uniform(9, size - 9), rng.uniform(8, 10)
     lamp = [(depth, along), (size - 1 - depth, along), (along, depth), (along, size - 1 - depth)][side]
@@ -140,7 +115,7 @@ def _scene(rng: np.random.Generator, size: int, day: bool) -> tuple[np.ndarray, 
         near = None                                             # the first of a group lies anywhere
         for _ in range(rng.integers(1, 3)):                     # ... and the others touch one before
             r = rng.uniform(9.5, 13) * (1.15 if kind == 5 else 1)
-            free = inside & (from_lamp > lamp_r + r + GAP + 1)
+            free = inside & (from_lamp > lamp_r + r + 21 + 1)   # 21 pixels between the lamp and what it decides
             if near is not None:
                 free &= abs(np.hypot(y - near[0], x - near[1]) - 0.9 * (near[2] + r)) < 1
             spots = np.flatnonzero(free)
@@ -163,23 +138,18 @@ def _draw(rng, image, label, dy, dx, r, kind, coat, day):
     """Draws one shape into image [3, h, w] and label [h, w]; dy, dx [h, w] are the offsets from its centre."""
     angle, d = np.arctan2(dy, dx), np.hypot(dy, dx)             # [h, w] each
     turn = rng.uniform(0, 2 * np.pi)
-    if kind == 3:       # a ball
+    if kind == 3:       # a ball with a spot of light
         edge = np.full_like(d, r)
-    else:               # a star with five round arms
+        light = 110 * np.clip(1 - np.hypot(dy + 0.35 * r, dx + 0.35 * r) / (0.4 * r), 0, 1) ** 2
+    else:               # a star with ridges along its five round arms
         edge = r * (0.75 + 0.25 * np.cos(5 * angle + turn))
+        light = 22 * np.cos(5 * angle + turn) * np.clip(d / np.maximum(edge, 1), 0, 1)
     cover = np.clip(edge - d + 0.5, 0, 1)                       # [h, w]  1 inside, soft at the rim
     shadow = np.clip((r + 3 - np.hypot(dy - 2.5, dx - 2.5)) / 4, 0, 1)      # [h, w]
     image *= 1 - 0.35 * shadow
-
-    inward = d / np.maximum(edge, 1)                            # 0 at the centre, 1 at the rim
-    shade = 1.15 - 0.25 * (dy + dx) / (1.4 * r) - 0.45 * inward ** 4
-    colour = np.array(coat, np.float32) * rng.uniform(0.9, 1.1, 3).astype(np.float32)
-    skin = colour[:, None, None] * shade                        # [3, h, w]
-    if kind == 3:       # a spot of light
-        skin += 110 * np.clip(1 - np.hypot(dy + 0.35 * r, dx + 0.35 * r) / (0.4 * r), 0, 1) ** 2
-    else:               # ridges along the arms
-        skin += 22 * np.cos(5 * angle + turn) * np.clip(inward, 0, 1)
-    image += cover * (skin - image)
+    shade = 1.15 - 0.25 * (dy + dx) / (1.4 * r) - 0.45 * (d / np.maximum(edge, 1)) ** 4     # [h, w]
+    colour = np.array(coat, np.float32) * rng.uniform(0.9, 1.1, 3).astype(np.float32)       # [3]
+    image += cover * (colour[:, None, None] * shade + light - image)
     label[cover > 0.5] = kind if day else kind + 1
 
 
@@ -198,52 +168,36 @@ def _texture(rng, y, x, colour) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------
 
 class Files(Dataset):
-    """Pairs of an image and a label file (None: no label). A subclass fills `files`, a list of such pairs, and
-    `table` [ids] int16: the class of each id in a label file, 255 for ignored, -1 for an id it must not hold. Its
-    `splits` are the names that `load` takes."""
-    files: list[tuple[Path, Path | None]]
-    table: np.ndarray
+    """Pairs of an image and a label file (None: no label). `ids` holds all that a label may hold: {id: class}, 255
+    for ignored. A subclass finds the files; its docstring shows where, and `splits` are the names that `load` takes."""
     splits = "train", "val", "test"
+    matrix: str                                                 # the label map's name in a .mat file
+
+    def __init__(self, files: list[tuple[Path, Path | None]], ids: dict[int, int]):
+        for path in itertools.chain(*files):                    # now, not after hours of training
+            if path and not path.exists():
+                raise DataError(f"missing: {path}")
+        last = max(set(ids) - {IGNORE})
+        self.allowed = f"{min(ids)}..{last}" + (" or 255 for ignored" if IGNORE in ids and last < IGNORE else "")
+        self.files, self.table = files, np.full(max(ids) + 3, -1, np.int16)     # of id + 1; both ends are not allowed
+        self.table[np.array(list(ids)) + 1] = list(ids.values())
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def name(self, i: int) -> str:
-        return self.files[i][0].stem
-
-    def file(self, i: int) -> str:
-        return str(self.files[i][0])
-
     def __getitem__(self, i: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        image = read_image(self.files[i][0])                    # [3, h, w]
-        return tv_tensors.Image(image), tv_tensors.Mask(self.label(i, tuple(image.shape[1:])))
-
-    def label(self, i: int, size: tuple[int, int] | None = None) -> Tensor:
-        """uint8 [h, w]: the classes of image i, of whose (h, w) only the header is read if it is not given."""
         path, label_path = self.files[i]
-        if size is None:
-            with opened(path) as picture:
-                # Lies on its side; of a TIFF Pillow gives the upright size.
-                turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5 and picture.format != "TIFF"
-                size = picture.size if turned else picture.size[::-1]
-        if label_path is None:
-            return torch.full(size, IGNORE, dtype=torch.uint8)
-        ids = self.read_ids(label_path)                         # [h, w]
-        if ids.shape != size:
-            raise DataError(f"{label_path} is {ids.shape[1]} x {ids.shape[0]} pixels, its image {path} is "
-                            f"{size[1]} x {size[0]}: expected the same size")
-        known = (0 <= ids) & (ids < len(self.table))
-        label = np.where(known, self.table[np.where(known, ids, 0)], -1)
-        if label.min() < 0:
-            raise DataError(f"{label_path} holds the id {ids[label < 0][0]}, expected {self.allowed()}")
-        return torch.from_numpy(label.astype(np.uint8))
-
-    def read_ids(self, path: Path) -> np.ndarray:
-        return read_ids(path)
-
-    def allowed(self) -> str:
-        ids = np.flatnonzero(self.table[:IGNORE] >= 0)
-        return f"{ids[0]}..{ids[-1]}" + (" or 255 for ignored" if len(self.table) > IGNORE else "")
+        image = read_image(path)                                # [3, h, w]
+        label = np.full(image.shape[1:], IGNORE, np.uint8)      # [h, w]
+        if label_path:
+            ids = read_mat(label_path, self.matrix) if label_path.suffix == ".mat" else read_ids(label_path)
+            if ids.shape != label.shape:
+                size, expected = (f"{w} x {h}" for h, w in (ids.shape, label.shape))
+                raise DataError(f"{label_path} is {size} pixels, expected {expected} as its image {path}")
+            label = self.table.take(ids + 1, mode="clip")       # [h, w]
+            if label.min() < 0:
+                raise DataError(f"{label_path} holds the id {ids[label < 0][0]}, expected {self.allowed}")
+        return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(label.astype(np.uint8)))
 
     def need(self, *paths: Path) -> Path:
         """The first of these paths that exists, or an error that shows the expected folders."""
@@ -254,61 +208,65 @@ class Files(Dataset):
 
 
 @contextlib.contextmanager
-def opened(path: str | Path):
-    """A picture. Whatever Pillow says of it becomes a DataError that names the file."""
+def reading(path: str | Path, kind: str):
+    """Whatever a library says of a file becomes a DataError that names it."""
     try:
-        with Image.open(path) as picture:
-            yield picture
+        yield
     except DataError:
         raise
-    except FileNotFoundError:
-        raise DataError(f"missing: {path}") from None
     except Exception as error:      # noqa: BLE001  besides OSError: bombs, broken chunks, whatever broken bytes lead to
-        raise DataError(f"{path} is no readable picture: {error}") from None
+        raise DataError(f"{path} is no readable {kind}: {error}") from None
 
 
 def read_image(path: str | Path) -> Tensor:
     """uint8 [3, h, w], upright as viewers show it, grey and palette pictures as RGB."""
-    with opened(path) as picture:
+    with reading(path, "picture"), Image.open(path) as picture:
         if picture.mode[0] in "IF":     # Pillow would clip it to 255
             raise DataError(f"{path} has pixels of type {picture.mode}, expected 8 bits a channel")
-        return pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))       # [3, h, w]
+        return v2.functional.pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))       # [3, h, w]
 
 
 def read_ids(path: str | Path) -> np.ndarray:
     """int32 [h, w] of an 8-bit label with one channel; of a palette picture, the indices."""
-    with opened(path) as picture:
+    with reading(path, "picture"), Image.open(path) as picture:
         if picture.format != "PNG":     # JPEG blurs ids
             raise DataError(f"{path} is a {picture.format} file, expected PNG, which keeps ids as they are")
         packed = picture.mode == "L" and "L" not in picture.tile[0][3:]     # Pillow stretches L;1, L;2, L;4
-        picture.load()
-        if packed or picture.mode not in ("L", "P"):
-            kind = "grey of less than 8 bits" if packed else picture.mode
+        kind = "grey of less than 8 bits" if packed else picture.mode
+        if kind not in ("L", "P"):
             raise DataError(f"{path} has pixels of type {kind}, expected 8-bit ids in one channel")
         return np.asarray(picture).astype(np.int32)             # [h, w]
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:
     """int32 [h, w]: a matrix in a MATLAB file. scipy hands it back in whatever type lies on the disk."""
+    with reading(path, "MATLAB file"):
+        ids = scipy.io.loadmat(path, variable_names=[key]).get(key)
+        if np.ndim(ids) != 2:
+            raise DataError(f"{path} holds no matrix {key}, the label map")
+        return ids.astype(np.int32)                             # [h, w]
+
+
+def read_lines(path: Path) -> list[str]:
     try:
-        ids = np.asarray(scipy.io.loadmat(path, variable_names=[key])[key]).astype(np.int32)
-    except FileNotFoundError:
-        raise DataError(f"missing: {path}") from None
-    except KeyError:
-        raise DataError(f"{path} holds no {key}, the label map") from None
-    except Exception as error:      # noqa: BLE001  scipy raises whatever the broken bytes lead to
-        raise DataError(f"{path} is no readable MATLAB file: {error}") from None
-    if ids.ndim != 2:
-        raise DataError(f"{path} holds {key} of shape {ids.shape}, expected a matrix")
-    return ids                                                  # [h, w]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: expected UTF-8") from None
+    if not lines:
+        raise DataError(f"{path} is empty")
+    return lines
 
 
-def id_table(classes: dict[int, int], ignored: tuple[int, ...] = (IGNORE,)) -> np.ndarray:
-    """`Files.table` of {id: class} and the ids to ignore."""
-    table = np.full(max([*classes, *ignored]) + 1, -1, np.int16)    # [ids]
-    table[list(ignored)] = IGNORE
-    table[list(classes)] = list(classes.values())
-    return table
+def pictures_in(folder: Path, pattern: str) -> list[Path]:
+    """What a pattern finds in a folder, sorted; what is no picture is left out, and said."""
+    found = set(folder.glob(pattern))
+    pictures = sorted(path for path in found if path.suffix.lower() in PICTURES)
+    rest = sorted(found.difference(pictures))
+    if rest:
+        print(f"{folder}: {len(rest)} files left out, {rest[0].name} is the first", file=sys.stderr)
+    if not pictures:
+        raise DataError(f"no pictures {pattern} ({', '.join(PICTURES)}) in {folder}")
+    return pictures
 
 
 def distinct_colours(n: int) -> list[tuple[int, int, int]]:
@@ -317,21 +275,7 @@ def distinct_colours(n: int) -> list[tuple[int, int, int]]:
     return [tuple(round(255 * x) for x in colorsys.hsv_to_rgb(*c)) for c in hsv]
 
 
-def read_lines(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: expected UTF-8") from None
-
-
-# labelId, name and colour of the 19 classes, in the order of their train ids.
-CITYSCAPES = [
-    (7, "road", (128, 64, 128)), (8, "sidewalk", (244, 35, 232)), (11, "building", (70, 70, 70)),
-    (12, "wall", (102, 102, 156)), (13, "fence", (190, 153, 153)), (17, "pole", (153, 153, 153)),
-    (19, "traffic light", (250, 170, 30)), (20, "traffic sign", (220, 220, 0)), (21, "vegetation", (107, 142, 35)),
-    (22, "terrain", (152, 251, 152)), (23, "sky", (70, 130, 180)), (24, "person", (220, 20, 60)),
-    (25, "rider", (255, 0, 0)), (26, "car", (0, 0, 142)), (27, "truck", (0, 0, 70)), (28, "bus", (0, 60, 100)),
-    (31, "train", (0, 80, 100)), (32, "motorcycle", (0, 0, 230)), (33, "bicycle", (119, 11, 32))]
+CITYSCAPES = [c for c in datasets.Cityscapes.classes if 0 <= c.train_id < 19]       # in the order of train_id
 
 
 class Cityscapes(Files):
@@ -341,38 +285,23 @@ class Cityscapes(Files):
         ROOT/gtFine/{train,val}/CITY/CITY_SSSSSS_FFFFFF_gtFine_labelIds.png
         ROOT/gtCoarse/train_extra/CITY/CITY_SSSSSS_FFFFFF_gtCoarse_labelIds.png      only for +coarse
 
-    The split test has no labels. The 19 classes are made from labelIds, so no labelTrainIds are needed. The coarse
-    image troisdorf_000000_000073 is broken and left out.
+    The split test has no labels. No labelTrainIds are needed. The broken troisdorf_000000_000073 is left out.
     """
-    splits = "train", "val", "test", "trainval", "train+coarse", "trainval+coarse"
-    classes = tuple(name for _, name, _ in CITYSCAPES)
-    palette = tuple(colour for _, _, colour in CITYSCAPES)
+    splits = {"train": ["train"], "val": ["val"], "test": ["test"], "trainval": ["train", "val"],       # noqa: RUF012
+              "train+coarse": ["train", "train_extra"], "trainval+coarse": ["train", "val", "train_extra"]}
+    classes, palette = tuple(c.name for c in CITYSCAPES), tuple(c.color for c in CITYSCAPES)
 
     def __init__(self, root: Path, split: str):
-        self.root, coarse = root, split.endswith("+coarse")
-        split = split.removesuffix("+coarse")
-        self.table = id_table({id_: n for n, (id_, _, _) in enumerate(CITYSCAPES)},
-                              tuple(set(range(34)) - {id_ for id_, _, _ in CITYSCAPES}) + (IGNORE,))
-        self.files = []
-        for part in ("train", "val") if split == "trainval" else (split,):
-            self.add(part, "leftImg8bit_trainvaltest", "gtFine", "gtFine_trainvaltest")
-        if coarse:
-            self.add("train_extra", "leftImg8bit_trainextra", "gtCoarse", "gtCoarse")
-
-    def add(self, split: str, image_zip: str, kind: str, label_zip: str) -> None:
-        images = self.need(self.root / "leftImg8bit" / split, self.root / image_zip / "leftImg8bit" / split)
-        labels = None
-        if split != "test":
-            labels = self.need(self.root / kind / split, self.root / label_zip / kind / split)
-        found = sorted(images.glob("*/*_leftImg8bit.png"))
-        if not found:
-            raise DataError(f"no CITY/*_leftImg8bit.png in {images}")
-        for image in found:
-            stem = image.name.removesuffix("_leftImg8bit.png")
-            if stem == "troisdorf_000000_000073":
-                continue
-            label = labels and labels / image.parent.name / f"{stem}_{kind}_labelIds.png"
-            self.files.append((image, label))
+        files = []
+        for part in self.splits[split]:
+            kind = "gtCoarse" if part == "train_extra" else "gtFine"
+            images = self.need(root / "leftImg8bit" / part, *root.glob(f"leftImg8bit_*/leftImg8bit/{part}"))
+            labels = None if part == "test" else self.need(root / kind / part, *root.glob(f"{kind}*/{kind}/{part}"))
+            for image in pictures_in(images, "*/*_leftImg8bit.png"):
+                stem = image.name.removesuffix("_leftImg8bit.png")
+                if stem != "troisdorf_000000_000073":
+                    files.append((image, labels and labels / image.parent.name / f"{stem}_{kind}_labelIds.png"))
+        super().__init__(files, dict.fromkeys((*range(34), IGNORE), IGNORE) | {c.id: c.train_id for c in CITYSCAPES})
 
     def name(self, i: int) -> str:
         return self.files[i][0].name.removesuffix("_leftImg8bit.png")
@@ -382,24 +311,19 @@ def cityscapes_label_ids(prediction: Tensor) -> Tensor:
     """Classes 0..18 to the labelIds that the evaluation server takes; uint8, of the same shape."""
     if prediction.numel() and not 0 <= prediction.min() <= prediction.max() <= 18:
         raise DataError(f"classes {int(prediction.min())}..{int(prediction.max())}, expected 0..18")
-    return torch.tensor([id_ for id_, _, _ in CITYSCAPES], dtype=torch.uint8)[prediction.long().cpu()]
+    return torch.tensor([c.id for c in CITYSCAPES], dtype=torch.uint8)[prediction.long().cpu()]
 
 
-# The 59 classes in ascending order of their ids among the 459, which is alphabetical ("order B").
-PASCAL_CONTEXT = """
-  aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat ceiling chair cloth
-  computer cow cup curtain dog door fence floor flower food grass ground horse keyboard light motorbike mountain mouse
-  person plate platform pottedplant road rock sheep shelves sidewalk sign sky snow sofa table track train tree truck
-  tvmonitor wall water window wood
-""".split()      # noqa: SIM905
-PASCAL_CONTEXT_459 = [
-    2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115, 144, 158, 159,
-    162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355, 360, 366, 368, 397,
-    415, 416, 420, 424, 427, 440, 445, 454, 458]
-# 59_labels.txt has another order, the 20 VOC classes first ("order A"): the class here of its 1st, 2nd, ...
-PASCAL_CONTEXT_ORDER_A = [
-    0, 5, 6, 7, 9, 11, 13, 14, 16, 19, 49, 22, 30, 33, 36, 39, 42, 48, 51, 54, 1, 2, 4, 8, 10, 12, 15, 17, 18, 20, 23,
-    24, 25, 26, 27, 28, 29, 31, 32, 34, 35, 21, 38, 45, 37, 40, 41, 43, 44, 46, 47, 3, 50, 52, 53, 55, 56, 57, 58]
+# Names, ids among the 459, and numbers in 59_labels.txt, where the 20 classes of VOC come first. Here alphabetically.
+PASCAL_CONTEXT, PASCAL_IDS, PASCAL_NUMBERS = zip(*re.findall(r"(\w+) (\d+) (\d+)", """
+aeroplane 2 1, bag 9 21, bed 18 22, bedclothes 19 52, bench 22 23, bicycle 23 2, bird 25 3, boat 31 4, book 33 24,
+bottle 34 5, building 44 25, bus 45 6, cabinet 46 26, car 59 7, cat 65 8, ceiling 68 27, chair 72 9, cloth 80 28,
+computer 85 29, cow 98 10, cup 104 30, curtain 105 42, dog 113 12, door 115 31, fence 144 32, floor 158 33,
+flower 159 34, food 162 35, grass 187 36, ground 189 37, horse 207 13, keyboard 220 38, light 232 39,
+motorbike 258 14, mountain 259 40, mouse 260 41, person 284 15, plate 295 45, platform 296 43, pottedplant 308 16,
+road 324 46, rock 326 47, sheep 347 17, shelves 349 48, sidewalk 354 49, sign 355 44, sky 360 50, snow 366 51,
+sofa 368 18, table 397 11, track 415 53, train 416 19, tree 420 54, truck 424 55, tvmonitor 427 20, wall 440 56,
+water 445 57, window 454 58, wood 458 59"""))
 
 
 class PascalContext(Files):
@@ -411,99 +335,70 @@ class PascalContext(Files):
         ROOT/SegmentationClassContext/YYYY_NNNNNN.png           0 = background, 1..59 alphabetically, or
         ROOT/59_context_labels/YYYY_NNNNNN.png                  0 = background, 1..59 as in 59_labels.txt
 
-    All give the same classes, in alphabetical order. Other forms: the masks of the Detail API and the train.pth
-    and val.pth of PyTorch-Encoding have the order of SegmentationClassContext: save them as such PNGs.
-    Here the background is ignored; in pascal_context60 it is class 0 (the two scores cannot be compared).
+    All give the same classes, in alphabetical order. pascal_context ignores the background, pascal_context60 counts it.
     """
-    splits = "train", "val", "trainval"
-    background = 0
+    splits = {"train": ["train"], "val": ["val"], "trainval": ["train", "val"]}         # noqa: RUF012
+    classes, palette = PASCAL_CONTEXT, tuple(distinct_colours(59))
+    background, matrix = IGNORE, "LabelMap"
 
     def __init__(self, root: Path, split: str):
-        background = self.background
-        self.classes = ["background"] * background + PASCAL_CONTEXT
-        self.palette = [(0, 0, 0)] * background + distinct_colours(59)
-        none = 0 if background else IGNORE
-        labels = self.need(root / "trainval", root / "SegmentationClassContext", root / "59_context_labels")
-        self.mat = labels.name == "trainval"
-        order = PASCAL_CONTEXT_ORDER_A if labels.name == "59_context_labels" else range(59)
-        ids = PASCAL_CONTEXT_459 if self.mat else [1 + list(order).index(n) for n in range(59)]
-        self.table = id_table({**dict.fromkeys(range(460) if self.mat else [0], none),
-                               **{id_: n + background for n, id_ in enumerate(ids)}})
+        forms = {"trainval": PASCAL_IDS, "SegmentationClassContext": range(1, 60), "59_context_labels": PASCAL_NUMBERS}
+        labels = self.need(*(root / form for form in forms))
+        end, rest = ("mat", range(460)) if labels.name == "trainval" else ("png", [0])
+        ids = {int(id_): n for n, id_ in enumerate(forms[labels.name], len(self.classes) - 59)}
         lists = self.need(root / "ImageSets" / "SegmentationContext", root / "ImageSets" / "Main")
-        self.need(root / "JPEGImages")
-        self.files = []
-        for part in ("train", "val") if split == "trainval" else (split,):
-            for name in read_lines(self.need(lists / f"{part}.txt")):
-                label = labels / f"{name}.{'mat' if self.mat else 'png'}"
-                self.files.append((root / "JPEGImages" / f"{name}.jpg", label))
-        if not self.files:
-            raise DataError(f"{lists} names no images of the split {split}")
-
-    def read_ids(self, path: Path) -> np.ndarray:
-        return read_mat(path, "LabelMap") if self.mat else read_ids(path)
+        images = self.need(root / "JPEGImages")
+        names = [name for part in self.splits[split] for name in read_lines(self.need(lists / f"{part}.txt"))]
+        super().__init__([(images / f"{name}.jpg", labels / f"{name}.{end}") for name in names],
+                         {IGNORE: IGNORE, **dict.fromkeys(rest, self.background), **ids})
 
 
 class PascalContext60(PascalContext):
-    __doc__, background = PascalContext.__doc__, 1
+    __doc__, background = PascalContext.__doc__, 0
+    classes, palette = ("background", *PascalContext.classes), ((0, 0, 0), *PascalContext.palette)
 
 
-# COCO-Stuff's 182 ids in order; eleven have no annotation, and stand here as "-".
-COCO_STUFF = """
-person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,-,stop sign,parking meter,
-bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,-,backpack,umbrella,-,-,handbag,tie,suitcase,frisbee,
-skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,-,wine glass,
-cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,
-potted plant,bed,-,dining table,-,-,toilet,-,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,
-refrigerator,-,book,clock,vase,scissors,teddy bear,hair drier,toothbrush,-,banner,blanket,branch,bridge,
-building-other,bush,cabinet,cage,cardboard,carpet,ceiling-other,ceiling-tile,cloth,clothes,clouds,counter,cupboard,
-curtain,desk-stuff,dirt,door-stuff,fence,floor-marble,floor-other,floor-stone,floor-tile,floor-wood,flower,fog,
-food-other,fruit,furniture-other,grass,gravel,ground-other,hill,house,leaves,light,mat,metal,mirror-stuff,moss,
-mountain,mud,napkin,net,paper,pavement,pillow,plant-other,plastic,platform,playingfield,railing,railroad,river,road,
-rock,roof,rug,salad,sand,sea,shelf,sky-other,skyscraper,snow,solid-other,stairs,stone,straw,structural-other,table,
-tent,textile-other,towel,tree,vegetable,wall-brick,wall-concrete,wall-other,wall-panel,wall-stone,wall-tile,wall-wood,
-water-other,waterdrops,window-blind,window-other,wood
-""".replace("\n", "").split(",")
+# The names of the ids 1..182: 91 things, of which eleven have no annotation, and 91 kinds of stuff.
+COCO_STUFF = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:] + """N/A,
+banner,blanket,branch,bridge,building-other,bush,cabinet,cage,cardboard,carpet,ceiling-other,ceiling-tile,cloth,clothes,
+clouds,counter,cupboard,curtain,desk-stuff,dirt,door-stuff,fence,floor-marble,floor-other,floor-stone,floor-tile,
+floor-wood,flower,fog,food-other,fruit,furniture-other,grass,gravel,ground-other,hill,house,leaves,light,mat,metal,
+mirror-stuff,moss,mountain,mud,napkin,net,paper,pavement,pillow,plant-other,plastic,platform,playingfield,railing,
+railroad,river,road,rock,roof,rug,salad,sand,sea,shelf,sky-other,skyscraper,snow,solid-other,stairs,stone,straw,
+structural-other,table,tent,textile-other,towel,tree,vegetable,wall-brick,wall-concrete,wall-other,wall-panel,
+wall-stone,wall-tile,wall-wood,water-other,waterdrops,window-blind,window-other,wood""".replace("\n", "").split(",")
 
 
 class CocoStuff(Files):
-    """Expected folders, of the 10k images (v1.1):
+    """Expected folders, of the 10k images (v1.1), or of the 164k:
 
         ROOT/images/COCO_train2014_NNNNNNNNNNNN.jpg
         ROOT/annotations/COCO_train2014_NNNNNNNNNNNN.mat
         ROOT/imageLists/{train,test}.txt                        val is another name of test
-
-    or of the 164k:
 
         ROOT/images/{train2017,val2017}/NNNNNNNNNNNN.jpg
         ROOT/annotations/{train2017,val2017}/NNNNNNNNNNNN.png   the stuffthingmaps
 
     171 classes: of the ids 1..182, those that occur.
     """
-    classes = tuple(name for name in COCO_STUFF if name != "-")
-    palette = tuple(distinct_colours(171))
+    classes, palette = tuple(name for name in COCO_STUFF if name != "N/A"), tuple(distinct_colours(171))
+    matrix = "S"
 
     def __init__(self, root: Path, split: str):
-        used = [id_ for id_, name in enumerate(COCO_STUFF, 1) if name != "-"]
         forms = root / "imageLists", root / "images" / "train2017", root / "images" / "val2017"
-        self.mat = self.need(*forms) == forms[0]
-        shift = 0 if self.mat else 1                            # a PNG holds id - 1, and 255 for unlabelled
-        rest = set(range(1, 183)) - set(used)
-        self.table = id_table({id_ - shift: n for n, id_ in enumerate(used)},
-                              tuple(id_ - shift for id_ in rest) + ((0,) if self.mat else (IGNORE,)))
-        if self.mat:
-            names = read_lines(self.need(root / "imageLists" / f"{'train' if split == 'train' else 'test'}.txt"))
-            images, labels, end = self.need(root / "images"), self.need(root / "annotations"), "mat"
+        small = self.need(*forms) == forms[0]
+        if split == "test" and not small:
+            raise DataError("the 164k images of COCO-Stuff have no labelled split test, expected train or val")
+        part = "" if small else f"{split}2017"
+        images, labels = (self.need(root / kind / part) for kind in ("images", "annotations"))
+        if small:
+            names = read_lines(self.need(forms[0] / f"{'train' if split == 'train' else 'test'}.txt"))
         else:
-            if split == "test":
-                raise DataError("the 164k images of COCO-Stuff have no labelled split test, expected train or val")
-            images, labels = (self.need(root / kind / f"{split}2017") for kind in ("images", "annotations"))
-            names, end = sorted(path.stem for path in images.glob("*.jpg")), "png"
-        self.files = [(images / f"{name}.jpg", labels / f"{name}.{end}") for name in names]
-        if not self.files:
-            raise DataError(f"no images of the split {split} in {images}")
-
-    def read_ids(self, path: Path) -> np.ndarray:
-        return read_mat(path, "S") if self.mat else read_ids(path)
+            names = [path.stem for path in pictures_in(images, "*.jpg")]
+        end, first, unlabelled = ("mat", 1, 0) if small else ("png", 0, IGNORE)         # a PNG holds id - 1
+        ids = {i: self.classes.index(x) if x in self.classes else IGNORE for i, x in enumerate(COCO_STUFF, first)}
+        super().__init__([(images / f"{name}.jpg", labels / f"{name}.{end}") for name in names],
+                         {unlabelled: IGNORE, **ids})
 
 
 class Folder(Files):
@@ -518,21 +413,17 @@ class Folder(Files):
 
     def __init__(self, root: Path, split: str):
         self.classes = read_lines(self.need(root / "classes.txt"))
-        if not 0 < len(self.classes) < IGNORE or len(set(self.classes)) < len(self.classes):
-            raise DataError(f"{root / 'classes.txt'} names {len(self.classes)} classes, expected 1 to 254, each once")
-        self.palette = distinct_colours(len(self.classes))
-        self.table = id_table({n: n for n in range(len(self.classes))})
-        images, labels = self.need(root / split / "images"), root / split / "labels"
-        found = sorted(path for path in images.iterdir() if path.suffix.lower() in PICTURES)
-        rest = sorted(path.name for path in images.iterdir() if path not in found)
-        if rest:
-            print(f"{images}: {len(rest)} files left out, {rest[0]} is the first", file=sys.stderr)
-        if not found:
-            raise DataError(f"no pictures ({', '.join(PICTURES)}) in {images}")
-        for a, b in itertools.pairwise(found):
-            if a.stem == b.stem:        # one label, and one name for the prediction
-                raise DataError(f"{a} and {b.name}: two images of one name")
-        self.files = [(path, labels / f"{path.stem}.png" if labels.exists() else None) for path in found]
+        N = len(self.classes)
+        if N >= IGNORE or len(set(self.classes)) < N:
+            raise DataError(f"{root / 'classes.txt'} names {N} classes, expected 1 to 254, each once")
+        self.palette = distinct_colours(N)
+        images, labels, names = self.need(root / split / "images"), root / split / "labels", {}
+        for path in pictures_in(images, "*"):
+            other = names.setdefault(path.stem, path)
+            if other != path:               # one label, and one name for the prediction
+                raise DataError(f"{other} and {path.name}: two images of one name")
+        super().__init__([(path, labels / f"{name}.png" if labels.exists() else None) for name, path in names.items()],
+                         {IGNORE: IGNORE, **{n: n for n in range(N)}})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -540,14 +431,11 @@ class Folder(Files):
 # ---------------------------------------------------------------------------------------------------------
 
 class TrainingSet(Dataset):
-    """Augmented crops of a data set, indexed by (index, seed): (image float32 [3, crop, crop], normalised;
-    label int64 [crop, crop]; boundary mask uint8 [crop, crop]). The same pair gives the same crop."""
+    """Augmented crops of a data set, indexed by (index, seed): image float32 [3, crop, crop], normalised; label int64
+    [crop, crop]; boundary mask uint8 [crop, crop]. The same pair gives the same crop."""
 
     def __init__(self, dataset: Dataset, crop: int, scale: tuple[float, float] = (1.0, 1.0), radius: float = 2):
         self.dataset, self.crop, self.scale, self.radius = dataset, crop, scale, radius
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         index, seed = key
@@ -557,8 +445,8 @@ class TrainingSet(Dataset):
 
 
 class Look(Dataset):
-    """For each image of a data set in files, [256] int64: how many pixels its label gives to each class. Reads labels
-    and the headers of pictures only, so that what is wrong with a file is told before the first step."""
+    """For each image of a data set in files, [256] int64: how many pixels its label gives to each class. It reads every
+    file as training will, so that what is wrong with one is told before the first step."""
 
     def __init__(self, files: Files):
         self.files = files
@@ -567,16 +455,14 @@ class Look(Dataset):
         return len(self.files)
 
     def __getitem__(self, i: int) -> Tensor:
-        return self.files.label(i).flatten().bincount(minlength=256)
+        return self.files[i][1].flatten().bincount(minlength=256)
 
 
 def augment(image: Tensor, label: Tensor, seed: int, crop: int, scale: tuple[float, float] = (0.5, 2.0),
             flip: float = 0.5, brightness: int = 10) -> tuple[Tensor, Tensor]:
-    """A random crop [3, crop, crop] and its label [crop, crop], uint8, as functions of the seed alone.
-
-    Scales both by a factor from `scale`, pads them to the crop (with the mean colour, and 255), cuts, flips with
-    probability `flip`, and adds one whole number from -brightness to brightness to all channels.
-    """
+    """A random crop [3, crop, crop] and its label [crop, crop], uint8, as functions of the seed alone: scales both by a
+    factor from `scale`, pads them to the crop (with the mean colour, and 255), cuts, flips with probability `flip`, and
+    adds one whole number from -brightness to brightness to all channels."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)                           # torch.manual_seed reseeds GPUs too
         factor = torch.empty(()).uniform_(*scale).item()
@@ -594,8 +480,7 @@ def augment(image: Tensor, label: Tensor, seed: int, crop: int, scale: tuple[flo
 
 def normalize(image: Tensor) -> Tensor:
     """uint8 [..., 3, h, w] to float32, with the mean and deviation of ImageNet."""
-    mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
-    return (image.as_subclass(Tensor) / 255 - mean) / std
+    return v2.functional.normalize(image.as_subclass(Tensor) / 255, MEAN, STD)
 
 
 def boundary_mask(label: Tensor, radius: float = 2) -> Tensor:
@@ -609,9 +494,7 @@ def boundary_mask(label: Tensor, radius: float = 2) -> Tensor:
     return torch.from_numpy(np.where(label == IGNORE, IGNORE, (high > label) | (low < label)).astype(np.uint8))
 
 
-
 def colorize(label: Tensor, palette: list[tuple[int, int, int]]) -> Tensor:
     """uint8 [3, h, w]: a label [h, w] in its colours, ignored pixels black."""
-    colours = torch.zeros(256, 3, dtype=torch.uint8)            # [ids, 3]
-    colours[:len(palette)] = torch.tensor(palette, dtype=torch.uint8)
+    colours = torch.tensor([*palette, *[(0, 0, 0)] * (256 - len(palette))], dtype=torch.uint8)      # [256, 3]
     return colours[label.as_subclass(Tensor).long().cpu()].permute(2, 0, 1)     # [3, h, w]
