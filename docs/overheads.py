@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
-r"""What RANet costs beside the blocks that the paper compares it with (Tables 1 and 3).
+"""What RANet costs beside the blocks that the paper compares it with (Tables 1 and 3), with 512 channels.
 
-    python docs/overheads.py                         # the table, at 97 x 97 with 512 channels and 19 classes
-    python docs/overheads.py --device cuda           # the same on a GPU
-    python docs/overheads.py --calls                 # what RCB and RIB ask of a GPU, counted without one
+    python docs/overheads.py             # the table, at 97 x 97 with 19 classes; on a GPU: --device cuda
+    python docs/overheads.py --calls     # what RCB and RIB ask of a GPU, counted without one
 
-Every block takes A [1, M, H, W] to O [1, M, H, W] and stands where RCB and RIB stand in the network: the 3x3
-convolution that makes A, the concatenation [A, O] and what follows are in no row. RANet's rows start at B and C
-(their 1x1 convolutions are not included). The peers are written from their papers, without batch
-normalisation: the batch is one image and the 1x1 maps of pyramid pooling have nothing to normalise by.
+Every block takes A [1, M, H, W] to O [1, M, H, W] and stands where RCB and RIB stand in the network. In no row are the
+3x3 convolutions around it (CCNet and DANet have some of their own) and the 1x1 ones that make B and C. The peers are
+written from their papers, without batch normalisation: the batch is one image and the 1x1 maps of pyramid pooling
+have nothing to normalise by.
 
 Time is compared in rounds: all blocks once, then all once more; a ratio is taken within a round. Memory is the
 peak beyond module and inputs; on the CPU the resident set of a fresh process for each number (Linux only).
@@ -18,18 +17,19 @@ import argparse
 import datetime
 import math
 import os
-import platform
 import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, interpolate, one_hot
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,13 +37,9 @@ sys.path[:0] = [str(Path(__file__).parent.parent)]
 import ranet
 import train
 
-LINUX = Path("/proc/self/clear_refs").exists()
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The blocks
 # ---------------------------------------------------------------------------------------------------------
-
 
 class PlainNonLocal(nn.Module):
     """softmax(A A^T) A: attention between all pixels and nothing else, the unit of every ratio."""
@@ -55,10 +51,8 @@ class PlainNonLocal(nn.Module):
 
 
 class AsymmetricNonLocal(nn.Module):
-    """Zhu et al., Asymmetric Non-local Neural Networks for Semantic Segmentation, ICCV 2019: the pyramid block
-    APNB. One embedding of M / 2 channels serves query and key; keys and values are pooled to
-    1 + 9 + 36 + 64 = 110 positions. The fusion block AFNB is the same with keys and values from an earlier
-    stage of the backbone, which a single feature map does not have."""
+    """Zhu et al., Asymmetric Non-local Neural Networks for Semantic Segmentation, ICCV 2019: the block APNB. One
+    embedding of M / 2 channels serves query and key; keys and values are pooled to 1 + 9 + 36 + 64 = 110 positions."""
 
     def __init__(self, M: int, bins: tuple[int, ...] = (1, 3, 6, 8)):
         super().__init__()
@@ -68,7 +62,7 @@ class AsymmetricNonLocal(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """[b, c, H, W] to its means over the bins, [b, 110, c]."""
-        return torch.cat([nn.functional.adaptive_avg_pool2d(x, n).flatten(2) for n in self.bins], 2).mT
+        return torch.cat([adaptive_avg_pool2d(x, n).flatten(2) for n in self.bins], 2).mT
 
     def forward(self, A: Tensor) -> Tensor:
         embedded = self.key(A).relu()                           # [b, M / 2, H, W]
@@ -79,9 +73,8 @@ class AsymmetricNonLocal(nn.Module):
 
 
 class CrissCross(nn.Module):
-    """Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019: each pixel attends to its
-    row and column, twice with the same weights. Query and key have M / 8 channels, the value M; gamma starts
-    at 0. The two 3x3 convolutions around the loop are not included."""
+    """Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019: each pixel attends to its row
+    and column, twice with the same weights. Query and key have M / 8 channels, the value M; gamma starts at 0."""
 
     def __init__(self, M: int, rounds: int = 2):
         super().__init__()
@@ -107,8 +100,7 @@ class CrissCross(nn.Module):
 
 class DualAttention(nn.Module):
     """Fu et al., Dual Attention Network for Scene Segmentation, CVPR 2019: position attention (query and key M / 8
-    channels, value M) plus channel attention (no convolution), summed; alpha and beta start at 0. The 3x3
-    convolutions before and after each of the two are not included."""
+    channels, value M) plus channel attention (no convolution), summed; alpha and beta start at 0."""
 
     def __init__(self, M: int):
         super().__init__()
@@ -131,11 +123,10 @@ class DualAttention(nn.Module):
 
 
 class PointwiseSpatial(nn.Module):
-    """Zhao et al., PSANet: Point-wise Spatial Attention Network for Scene Parsing, ECCV 2018, on an n x n map.
-
-    At half resolution (H, W below), as released. Each of the two branches reduces A (here M to M channels) and
-    predicts, for every pixel, one score for each offset there can be: an over-complete map of
-    (2H - 1)(2W - 1) channels, of which a pixel uses the H x W offsets that stay inside the image."""
+    """Zhao et al., PSANet: Point-wise Spatial Attention Network for Scene Parsing, ECCV 2018, on an n x n map, at half
+    resolution (H, W below) as released. Each of two branches reduces A (here M to M channels) and predicts, for every
+    pixel, one score for each offset there can be: an over-complete map of (2H - 1)(2W - 1) channels, of which a pixel
+    uses the H x W offsets that stay inside the image."""
 
     def __init__(self, M: int, n: int):
         super().__init__()
@@ -155,14 +146,14 @@ class PointwiseSpatial(nn.Module):
 
     def forward(self, A: Tensor) -> Tensor:
         size = [(side - 1) // 2 + 1 for side in A.shape[2:]]
-        half = [nn.functional.interpolate(reduce(A).relu(), size, mode="bilinear", align_corners=True)
+        half = [interpolate(reduce(A).relu(), size, mode="bilinear", align_corners=True)
                 for reduce in self.reduce]                      # two [b, M, H, W]
         collect, distribute = (self.mask(scores(x)) for scores, x in zip(self.scores, half))    # [b, HW, HW]
         collect = collect.softmax(2)                            # softmax over the pixels j that i collects from
         distribute = distribute.softmax(1)                      # softmax over the pixels i that distribute to j
         O = torch.cat((half[0].flatten(2) @ collect.mT, half[1].flatten(2) @ distribute), 1)    # [b, 2M, HW]
         O = self.out(O.unflatten(2, size)).relu()               # [b, M, H, W]
-        return nn.functional.interpolate(O, A.shape[2:], mode="bilinear", align_corners=True)
+        return interpolate(O, A.shape[2:], mode="bilinear", align_corners=True)
 
 
 class RegionAttention(nn.Module):
@@ -185,17 +176,11 @@ BLOCKS = {
                    lambda M, n: AsymmetricNonLocal(M)),
     "crisscross": ("CCNet", "2 rounds of: key, query to M/8, value", lambda M, n: CrissCross(M)),
     "dual": ("DANet", "position: key, query to M/8, value; channel", lambda M, n: DualAttention(M)),
-    "psa": ("PSANet", "2 reductions, 2 x 2 convolutions for the maps, 1x1 after; half resolution",
-            lambda M, n: PointwiseSpatial(M, n)),
+    "psa": ("PSANet", "2 reductions, 2 x 2 convolutions for the maps, 1x1 after; half resolution", PointwiseSpatial),
 }
-SCENES = {
-    "objects": "5 x 5 objects",
-    "one": "one region",
-    "pixels": "every pixel a region",
-    "pairs": "regions of two pixels",
-}
-for key, words in SCENES.items():
-    BLOCKS[key] = (f"RANet, {words}", "RCB and RIB", lambda M, n: RegionAttention())
+SCENES = {"objects": "5 x 5 objects", "one": "one region", "pixels": "every pixel a region",
+          "pairs": "regions of two pixels"}
+BLOCKS |= {key: (f"RANet, {words}", "RCB and RIB", lambda M, n: RegionAttention()) for key, words in SCENES.items()}
 
 
 def scene(kind: str, n: int, N: int) -> tuple[Tensor, Tensor]:
@@ -205,8 +190,7 @@ def scene(kind: str, n: int, N: int) -> tuple[Tensor, Tensor]:
     if kind == "objects":
         B = torch.full((n, n), 0.05)                            # [n, n]
         edge = (k[1:] != k[:-1]).nonzero()[:, 0]
-        edge = torch.cat((edge, edge + 1))                      # both sides of each border
-        B[edge] = B[:, edge] = 0.9
+        B[edge] = B[edge + 1] = B[:, edge] = B[:, edge + 1] = 0.9       # both sides of each border
     elif kind == "pairs":                                       # two pixels, and a wall that joins them
         row, k = at // 2, at // 3
         wall = (at % 3 == 2) | (at[:, None] % 2 == 1)
@@ -214,7 +198,7 @@ def scene(kind: str, n: int, N: int) -> tuple[Tensor, Tensor]:
     else:
         B = torch.full((n, n), 0.05 if kind == "one" else 0.9)  # [n, n]
     classes = torch.randint(N, (int(row[-1]) + 1, int(k[-1]) + 1))[row][:, k]   # [n, n]
-    logits = 8.0 * nn.functional.one_hot(classes, N) + 0.3 * torch.randn(n, n, N)               # [n, n, N]
+    logits = 8.0 * one_hot(classes, N) + 0.3 * torch.randn(n, n, N)                 # [n, n, N]
     B = (B + 0.01 * torch.randn(n, n)).clamp(0, 1)
     return B[None], logits.softmax(2).permute(2, 0, 1)[None]    # softmax over the classes
 
@@ -229,135 +213,106 @@ def make(name: str, n: int, M: int, N: int, device: str) -> tuple[nn.Module, lis
     return BLOCKS[name][2](M, n).to(device), [x.to(device).requires_grad_() for x in inputs], dO.to(device)
 
 
-def run(name: str, n: int, M: int, N: int, device: str, backward: bool) -> tuple[float, int]:
-    """Seconds of a forward pass, with the backward pass if `backward`, and the peak of bytes beyond the start."""
+def step(name: str, n: int, M: int, N: int, device: str, backward: bool) -> Callable[[], None]:
+    """A forward pass, with the backward pass if `backward`, ready to be called and measured."""
     block, inputs, dO = make(name, n, M, N, device)
-    before = reset_peak(device)
-    start = time.perf_counter()
-    with torch.set_grad_enabled(backward):
-        O = block(*inputs)                                      # [1, M, H, W]
-        if backward:
-            O.backward(dO)
-    wait(device)
-    return time.perf_counter() - start, highest(device) - before
 
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    def call() -> None:
+        with torch.set_grad_enabled(backward):
+            O = block(*inputs)                                  # [1, M, H, W]
+            if backward:
+                O.backward(dO)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return call
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Time, memory, operations
 # ---------------------------------------------------------------------------------------------------------
 
-def reset_peak(device: str) -> int:
-    """The bytes in use now; what was the peak so far counts no more."""
-    wait(device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    if LINUX:
-        Path("/proc/self/clear_refs").write_text("5")
-    return in_proc("self/status", "VmRSS")
-
-
-def highest(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else in_proc("self/status", "VmHWM")
-
-
-def in_proc(file: str, key: str) -> int:
-    """Bytes; 0 where there is no /proc."""
-    return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc", file).read_text())[1]) if LINUX else 0
-
-
 def times(cases: list[tuple], rounds: int, device: str) -> dict[tuple, list[list[float]]]:
     """Seconds of each (name, n, M, N), [forward, forward + backward], a list over the rounds each."""
     for name, n, M, N in cases:                                 # the first call of everything is slow
-        run(name, n if device == "cuda" else 9, M, N, device, True)
+        step(name, n if device == "cuda" else 9, M, N, device, True)()
     seconds = {case: [[], []] for case in cases}
     for _ in range(rounds):
         for case in cases:
             for backward in (False, True):
-                seconds[case][backward].append(run(*case, device, backward)[0])
+                call = step(*case, device, backward)
+                start = time.perf_counter()
+                call()
+                seconds[case][backward].append(time.perf_counter() - start)
     return seconds
 
 
-def ratio(seconds: list[float], unit: list[float]) -> float:
-    """The median over the rounds."""
-    return statistics.median(a / b for a, b in zip(seconds, unit))
-
-
-def peak(name: str, n: int, M: int, N: int, device: str, backward: bool) -> int | None:
-    """Bytes beyond module and inputs. On the CPU in a process of its own, whose allocator gives back every
-    block of 1 MiB or more at once; None where memory runs out."""
+def peak(name: str, n: int, M: int, N: int, device: str, backward: bool) -> str:
+    """MiB beyond module and inputs. On the CPU in a process of its own, whose allocator gives back every
+    block of 1 MiB or more at once; "-" where memory runs out, or the system does not tell."""
     if device == "cuda":
         try:
-            run(name, 9, M, N, device, backward)                   # the libraries' own work space
-            return run(name, n, M, N, device, backward)[1]
+            step(name, 9, M, N, device, backward)()             # the libraries' own work space
+            call = step(name, n, M, N, device, backward)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
         except torch.cuda.OutOfMemoryError:
-            return None
-    mebi = str(2 ** 20)
-    settings = {"MALLOC_MMAP_THRESHOLD_": mebi, "MALLOC_TRIM_THRESHOLD_": mebi, "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, __file__, "--child", name, "--size", n, "--channels", M, "--classes", N,
-               "--threads", torch.get_num_threads(), *["--backward"] * backward]
-    done = subprocess.run([str(x) for x in command], env=os.environ | settings, capture_output=True, text=True,
-                          check=False)
+            return "-"
+        return f"{(torch.cuda.max_memory_allocated() - before) / 2 ** 20:,.0f}"
+    if sys.platform != "linux":
+        return "-"
+    settings = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
+    command = sys.executable, __file__, "--child", name, *map(str, (n, M, N, int(backward)))
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
     if done.returncode and "memory" not in done.stderr:
         raise RuntimeError(done.stderr)
-    return None if done.returncode else int(done.stdout)
+    return "-" if done.returncode else f"{int(done.stdout) / 2 ** 20:,.0f}"
+
+
+def in_proc(file: str, key: str) -> int:
+    return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc", file).read_text())[1])
 
 
 def child(name: str, n: int, M: int, N: int, backward: bool) -> None:
     """Prints the bytes of `peak`. Running out of memory must end this process and no other."""
-    run(name, 9, 16, N, "cpu", backward)                           # torch's own work space and threads
-    if LINUX:
-        free = in_proc("meminfo", "MemAvailable")
-        resource.setrlimit(resource.RLIMIT_DATA, (free, resource.RLIM_INFINITY))
-    print(run(name, n, M, N, "cpu", backward)[1])
+    step(name, 9, 16, N, "cpu", backward)()                     # torch's own work space and threads
+    resource.setrlimit(resource.RLIMIT_DATA, (in_proc("meminfo", "MemAvailable"), resource.RLIM_INFINITY))
+    call = step(name, n, M, N, "cpu", backward)
+    Path("/proc/self/clear_refs").write_text("5")               # what was the peak so far counts no more
+    before = in_proc("self/status", "VmRSS")
+    call()
+    print(in_proc("self/status", "VmHWM") - before)
 
 
-def samples(n: int) -> int:
-    """How many samples eq. 1 takes on an n x n map, over all ordered pairs of pixels, i = j included."""
-    side = torch.arange(n)
-    ways = (n - side) * torch.where(side > 0, 2, 1)             # [n]  ordered pairs so far apart on one axis
-    length = torch.maximum(side, side[:, None]) + 1             # [n, n]
-    return int((ways * ways[:, None] * length).sum())
-
-
-def operations(n: int, N: int, k: int) -> dict[str, int]:
-    """Operations of eqs. 1-5 on an n x n map. A multiply-add is 2; a maximum, a comparison, a logarithm are 1.
-    D, E, F and G are symmetric: two pixels are one pair in them, and two in F^g and J."""
-    pixels = n * n
+def operations(n: int, N: int, k: int = 3) -> int:
+    """Operations of eqs. 1-5 on an n x n map. A multiply-add is 2; a maximum, a comparison, a logarithm are 1. D, E, F
+    and G are symmetric: two pixels are one pair in them, and two in F^g and J. The regions compare whole numbers."""
+    pixels, side = n * n, torch.arange(n)
     pairs = pixels * (pixels + 1) // 2                          # i <= j
-    return {
-        "eq. 1, interpolation": 3 * pixels * (n - 1) ** 2,      # each sample once: one map for each L, 2 ways
-        "eq. 1, maxima": (samples(n) - pixels) // 2 - (pairs - pixels),     # i < j: one less than samples
-        "eq. 2, logarithms": N * pairs,
-        "eq. 2, the rest": 3 * N * pairs,                       # 2 U, and a multiply-add
-        "eq. 3": 3 * pairs,
-        "eq. 4, smoothing": 2 * k * k * pixels ** 2,
-        "eq. 4, decision": 3 * pairs,
-        "regions": 0,                                           # whole numbers compared, not counted
-        "eq. 5": 2 * pixels ** 2,
-    }
+    ways = (n - side) * torch.where(side > 0, 2, 1)             # [n]  ordered pairs so far apart on one axis
+    lengths = int((ways * ways[:, None] * torch.maximum(side, side[:, None])).sum())        # of all lines, both ways
+    return (3 * pixels * (n - 1) ** 2 + lengths // 2            # eq. 1: interpolation, once for each L and way; maxima
+            + 4 * N * pairs                                     # eq. 2: a logarithm, 2 U, a multiply-add
+            + 3 * pairs                                         # eq. 3
+            + 2 * k * k * pixels ** 2 + 3 * pairs               # eq. 4: smoothing, decision
+            + 2 * pixels ** 2)                                  # eq. 5
 
 
 def count(name: str, n: int, M: int, N: int, device: str) -> tuple[int, int, str]:
     """Parameters, operations of a forward pass, and what the row includes."""
     block, inputs, _ = make(name, n, M, N, device)
-    words, extra = BLOCKS[name][1], 0
-    with torch.no_grad():
+    words, flops = BLOCKS[name][1], 0
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         if name in SCENES:
             A, B, C = inputs
-            block, inputs, rcb = block.rib, [A, block.rcb(B, C)], block.rcb     # no products of matrices in RCB
-            extra = sum(operations(n, N, 3).values())
-            size = inputs[1].labels.flatten().bincount()        # [Q]
+            regions = block.rcb(B, C)
+            block.rib(A, regions)
+            size = regions.labels.flatten().bincount()          # [Q]
             words += f"; regions: {len(size):,}, representatives: {int(size.clamp_max(8).sum()):,}"
-        with FlopCounterMode(display=False) as counter:
+            flops = operations(n, N)
+        else:
             block(*inputs)
-    parameters = (rcb if name in SCENES else block).parameters()
-    return sum(p.numel() for p in parameters), counter.get_total_flops() + extra, words
+    return sum(p.numel() for p in block.parameters()), counter.get_total_flops() + flops, words
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -369,70 +324,53 @@ def table(head: str, rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(str(x) for x in line) + " |" for line in lines)
 
 
-def mib(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2 ** 20:,.0f}"
-
-
 def compare(n: int, M: int, N: int, rounds: int, device: str) -> None:
-    memory = {name: [mib(peak(name, n, M, N, device, backward)) for backward in (False, True)] for name in BLOCKS}
+    memory = {name: [peak(name, n, M, N, device, backward) for backward in (False, True)] for name in BLOCKS}
     seconds = times([(name, n, M, N) for name in BLOCKS], rounds, device)
     unit = seconds["plain", n, M, N]
     rows = []
     for case, own in seconds.items():
         parameters, flops, words = count(*case, device)
-        ratios = [f"{ratio(*pair):.2f}" for pair in zip(own, unit)]
-        amounts = [f"{parameters:,}", f"{flops / 1e9:.1f}", *ratios, *memory[case[0]]]
-        rows.append([BLOCKS[case[0]][0], *amounts, words])
+        ratios = [f"{statistics.median(a / b for a, b in zip(*pair)):.2f}" for pair in zip(own, unit)]
+        rows.append([BLOCKS[case[0]][0], f"{parameters:,}", f"{flops / 1e9:.1f}", *ratios, *memory[case[0]], words])
     head = "block | parameters | GFLOP | time, forward | and backward | MiB, forward | and backward | includes"
     print(table(head, rows))
-    conv = [f"{18 * c * M * n * n / 1e9:.0f} GFLOP, {9 * c * M / 1e6:.1f} M parameters" for c in (2048, M)]
     forward, both = (statistics.median(x) for x in unit)
     print(f"""
-A is [{M} x {n} x {n}], with {N} classes. GFLOP: a forward pass, products of matrices and convolutions, a
-multiply-add being 2; for RANet also eqs. 1-5, counted by hand; no softmax, pooling or upsampling. Time: the median
-of {rounds} rounds, 1 being {forward:.3g} s forward and {both:.3g} s with backward. MiB: the peak beyond module
-and inputs, the output included, and with backward the gradients too.
-In no row: a 3x3 convolution from 2048 channels before the block ({conv[0]}), one
-from {M} after it ({conv[1]}), and RANet's two 1x1 heads for B and C
+A is [{M} x {n} x {n}], with {N} classes. GFLOP: a forward pass, products of matrices and convolutions, a multiply-add
+being 2; for RANet also eqs. 1-5, counted by hand; no softmax, pooling or upsampling. Time: the median of the rounds
+({rounds}), 1 being {forward:.3g} s forward and {both:.3g} s with backward. MiB: the peak beyond module and inputs, the
+output included, and with backward the gradients too. In no row: RANet's two 1x1 heads for B and C
 ({2 * M * (N + 1) * n * n / 1e9:.2f} GFLOP, {(M + 1) * (N + 1):,} parameters).""")
 
 
-# What starts nothing on a GPU, and what makes the host wait for one.
-VIEWS = set("""view _unsafe_view reshape expand as_strided slice select transpose t permute unsqueeze squeeze split
-    split_with_sizes unbind diagonal detach alias unfold _reshape_alias lift_fresh empty new_empty empty_strided
-    empty_like new_empty_strided""".split())       # noqa: SIM905
-WAITS = {"_local_scalar_dense", "nonzero", "unique_consecutive", "equal", "bincount"}
-
-
 class Calls(TorchDispatchMode):
-    """Counts what a GPU would be asked for."""
-
-    def __init__(self):
-        super().__init__()
-        self.launches = self.waits = 0
+    """Counts what would start a kernel on a GPU, and what would make the host wait for one."""
+    launches = waits = 0
 
     def __torch_dispatch__(self, f, types, args=(), options=None):
-        name = f._schema.name.split("::")[1]
-        masks = args[1] if name == "index" else ()
-        self.waits += name in WAITS or any(x is not None and x.dtype == torch.bool for x in masks)
-        self.launches += name not in VIEWS and name.rstrip("_") not in VIEWS
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.intersection(f.tags)
+        if f is torch.ops.aten.index.Tensor:                    # only by a mask
+            waits = any(x is not None and x.dtype == torch.bool for x in args[1])
+        self.waits += bool(waits)
+        self.launches += not (f.is_view or "empty" in f.name() or f is torch.ops.aten._unsafe_view.default)
         return f(*args, **(options or {}))
 
 
 def calls(n: int, M: int, N: int) -> None:
     rows = []
     quiet = {name: lambda *args, **options: None for name in vars(ranet) if name.startswith("_check_")}
-    with mock.patch.multiple(ranet, _few_calls=lambda B: True, _numbers=lambda x: 2 ** 27, **quiet):
+    with mock.patch.multiple(ranet, _few_calls=lambda B: True, _numbers=lambda x: 2 ** 27, **quiet):     # as on a GPU
         for kind in ("objects", "one"):
             block, (A, B, C), dO = make(kind, n, M, N, "cpu")
-            row = [f"{SCENES[kind]}, {N} classes"]
-            with Calls() as count:
+            with Calls() as rcb:
                 regions = block.rcb(B, C)
-                row.append(count.launches)
+            with Calls() as rib:
                 O = block.rib(A, regions)
-                row.append(count.launches - row[1])
+            with Calls() as backward:
                 O.backward(dO)
-            rows.append([*map(str, row), str(count.launches - row[1] - row[2]), str(count.launches), str(count.waits)])
+            launches, waits = zip(*((part.launches, part.waits) for part in (rcb, rib, backward)))
+            rows.append([f"{SCENES[kind]}, {N} classes", *launches, sum(launches), sum(waits)])
     print(f"Calls that would start a kernel on a GPU, one image of {n} x {n}, and waits of the host:\n")
     print(table("scene | RCB | RIB | backward | all | waits", rows))
 
@@ -440,25 +378,17 @@ def calls(n: int, M: int, N: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=97, help="pixels a side")
-    parser.add_argument("--channels", type=int, default=512, help="M")
     parser.add_argument("--classes", type=int, default=19, help="N")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--calls", action="store_true", help="count them, as on a GPU")
-    parser.add_argument("--child", choices=BLOCKS, help=argparse.SUPPRESS)
-    parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    case = args.size, args.channels, args.classes
     if args.child:
-        return child(args.child, *case, args.backward)
-    if args.device == "cuda":
-        chip = torch.cuda.get_device_name()
-    else:
-        found = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if LINUX else None
-        chip = f"{found[1] if found else platform.processor()}, {args.threads} threads"
+        return child(args.child[0], *map(int, args.child[1:4]), args.child[4] == "1")
+    chip = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     print(f"{datetime.date.today()}, torch {torch.__version__}, {chip}\n")
+    case = args.size, 512, args.classes
     if args.calls:
         calls(*case)
     else:
