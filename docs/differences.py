@@ -7,6 +7,7 @@ B and C are made from the labels of a `folder` data set (B 0.9 on class borders 
 softmax that is sure of the label), so that the numbers speak of the equations and not of a trained network.
 """
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import ranet
 from data import boundary_mask, load
 
 torch.set_grad_enabled(False)
+SIZE = 23, 30       # where every [HW, HW] matrix of the equations is small
 
 
 def maps(label: Tensor, N: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -32,10 +34,9 @@ def maps(label: Tensor, N: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 def without_end_points(B: Tensor) -> Tensor:
     """Eq. 1 as the released code has it: the end points do not count. [HW, HW]"""
-    n = B.numel()
+    n, W = B.numel(), B.shape[1]
     pixel = torch.arange(n)
     i, j = torch.minimum(pixel[:, None], pixel), torch.maximum(pixel[:, None], pixel)       # [HW, HW]
-    W = B.shape[1]
     L = torch.maximum((j // W - i // W).abs(), (j % W - i % W).abs())
     D = torch.zeros(n, n)
     for step in range(1, max(B.shape) - 1):
@@ -44,62 +45,49 @@ def without_end_points(B: Tensor) -> Tensor:
     return D
 
 
-def regions_of(D: Tensor, E: Tensor, size: tuple[int, int], threshold: float, Wg: Tensor) -> tuple[Tensor, Tensor]:
-    Fg = ranet._smooth((1 - D) * (1 - E), Wg, size)
-    return ranet.connected_regions((Fg + Fg.T) / 2 > threshold), Fg
-
-
 def end_points_and_threshold(labels: list[Tensor], N: int) -> None:
-    size = 23, 30
     rows = {}
     for label in labels:
-        B, C = maps(label, N, size)
+        B, C = maps(label, N, SIZE)
         E = ranet.semantic_divergence(C)
-        D = ranet.boundary_probability(B)
-        for name, matrix in (("with", D), ("without", without_end_points(B))):
+        for name, D in (("with", ranet.boundary_probability(B)), ("without", without_end_points(B))):
+            Fg = ranet._smooth((1 - D) * (1 - E), ranet.RCB().kernel(), SIZE)
             for threshold in (0.5, 0.65, 0.8):
-                count = regions_of(matrix, E, size, threshold, ranet.RCB().kernel())[0].bincount()
-                numbers = (count > 20).sum().item(), (count == 1).sum().item(), len(count)
-                rows.setdefault((name, threshold), []).append(numbers)
-    print(f"\nR1, R3. Regions of {len(labels)} label maps at {size[0]} x {size[1]} (means), k = 3:\n")
+                count = ranet.connected_regions((Fg + Fg.T) / 2 > threshold).bincount()     # [Q]
+                rows.setdefault((name, threshold), []).append(((count > 20).sum(), (count == 1).sum(), len(count)))
+    print(f"\nR1, R3. Regions of {len(labels)} label maps at {SIZE[0]} x {SIZE[1]} (means), k = 3:\n")
     print("| end points | threshold | regions of more than 20 pixels | single pixels | Q | pixels a region |")
     print("|" + "---|" * 6)
     for (name, threshold), found in rows.items():
         large, single, Q = torch.tensor(found).float().mean(0).tolist()
-        print(f"| {name} | {threshold} | {large:.1f} | {single:.0f} | {Q:.0f} | {size[0] * size[1] / Q:.1f} |")
+        print(f"| {name} | {threshold} | {large:.1f} | {single:.0f} | {Q:.0f} | {SIZE[0] * SIZE[1] / Q:.1f} |")
 
 
 def thin_walls() -> None:
     n = 21
     print(f"\nR1, R3. The lowest wall, in steps of 0.02, that parts a {n} x {n} map (B = 0 elsewhere, classes equal):\n")
     print("| threshold | k | one pixel thick | two pixels thick |\n|---|---|---|---|")
-    for threshold in (0.5, 0.65, 0.8):
-        for k in (1, 3):
-            found = []
-            for wall in ([n // 2], [n // 2, n // 2 + 1]):
-                for b in (x / 50 for x in range(51)):
-                    B = torch.zeros(1, n, n)
-                    B[:, :, wall] = b
-                    labels = ranet.RCB(k, threshold)(B, torch.full((1, 2, n, n), 0.5)).labels
-                    if labels[0, 0, 0] != labels[0, 0, -1]:
-                        break
-                else:
-                    b = None
-                found.append("never" if b is None else f"{b:.2f}")
-            print(f"| {threshold} | {k} | {found[0]} | {found[1]} |")
+    for threshold, k in itertools.product((0.5, 0.65, 0.8), (1, 3)):
+        found = {}
+        for wall, step in itertools.product((1, 2), range(51)):
+            B = torch.zeros(1, n, n)
+            B[:, :, n // 2:n // 2 + wall] = step / 50
+            labels = ranet.RCB(k, threshold)(B, torch.full((1, 2, n, n), 0.5)).labels
+            if labels[0, 0, 0] != labels[0, 0, -1]:
+                found.setdefault(wall, f"{step / 50:.2f}")
+        print(f"| {threshold} | {k} | {found.get(1, 'never')} | {found.get(2, 'never')} |")
 
 
 def size_of_O(labels: list[Tensor], N: int) -> None:
-    size = 23, 30
-    print(f"\nR8, R14. Single pixels and |O| at {size[0]} x {size[1]}, A = relu(noise) / 10 of 512 channels "
+    print(f"\nR8, R14. Single pixels and |O| at {SIZE[0]} x {SIZE[1]}, A = relu(noise) / 10 of 512 channels "
           "(means over the maps):\n")
     print("| threshold | Q | regions of a single pixel | norm of O / norm of A |\n|---|---|---|---|")
     for threshold in (0.3, 0.5, 0.65, 0.8, 0.9):
         rows = []
         for seed, label in enumerate(labels):
-            B, C = maps(label, N, size)
+            B, C = maps(label, N, SIZE)
             regions = ranet.RCB(threshold=threshold, join_lone=False)(B[None], C[None])
-            A = torch.randn(1, 512, *size, generator=torch.Generator().manual_seed(seed)).relu() / 10
+            A = torch.randn(1, 512, *SIZE, generator=torch.Generator().manual_seed(seed)).relu() / 10
             O = ranet.RIB()(A, regions)
             count = regions.labels.flatten().bincount()
             rows.append((len(count), (count == 1).sum() / len(count), O.norm() / A.norm()))
@@ -114,30 +102,27 @@ def region_sizes(labels: list[Tensor], N: int) -> None:
     print("| lone pixels | cues | Q | pixels a region | lone pixels, share of all | regions of more than 20 pixels | "
           "P (K = 8) |")
     print("|" + "---|" * 7)
-    for join in (False, True):
-        for cues in ("both", "boundary", "semantic"):
-            rows = []
-            for label in labels:
-                B, C = maps(label, N, (side, side))
-                count = ranet.RCB(cues=cues, join_lone=join)(B[None], C[None]).labels.flatten().bincount()
-                rows.append((len(count), side ** 2 / len(count), (count == 1).sum() / side ** 2, (count > 20).sum(),
-                             count.clamp_max(8).sum()))
-            rows = torch.tensor(rows)
-            Q, size, lone, large, P = rows.mean(0).tolist()
-            low, high = rows[:, 1].aminmax()
-            print(f"| {'join' if join else 'stay'} | {cues} | {Q:.1f} | {size:.0f} ({low:.0f}-{high:.0f}) | {lone:.1%} | "
-                  f"{large:.1f} | {P:.0f} |", flush=True)
+    for join, cues in itertools.product((False, True), ("both", "boundary", "semantic")):
+        rows = []
+        for label in labels:
+            B, C = maps(label, N, (side, side))
+            count = ranet.RCB(cues=cues, join_lone=join)(B[None], C[None]).labels.flatten().bincount()      # [Q]
+            rows.append((len(count), side ** 2 / len(count), (count == 1).sum() / side ** 2, (count > 20).sum(),
+                         count.clamp_max(8).sum()))
+        rows = torch.tensor(rows)
+        (Q, size, lone, large, P), (low, high) = rows.mean(0).tolist(), rows[:, 1].aminmax()
+        print(f"| {'join' if join else 'stay'} | {cues} | {Q:.1f} | {size:.0f} ({low:.0f}-{high:.0f}) | {lone:.1%} | "
+              f"{large:.1f} | {P:.0f} |", flush=True)
 
 
 def boundary_target(labels: list[Tensor]) -> None:
-    full, pooled, taught = [], [], []
+    rows = []
     for label in labels:
-        mask = (boundary_mask(label) == 1).float()
-        size = [-(-s // 8) for s in mask.shape]
-        cells = adaptive_max_pool2d(mask[None], size)[0]
-        up = interpolate(cells[None, None], mask.shape, mode="nearest")[0, 0]
-        full.append(mask.mean()), pooled.append(cells.mean()), taught.append(mask[up == 1].mean())
-    full, pooled, taught = (torch.stack(x).mean().item() for x in (full, pooled, taught))
+        mask = (boundary_mask(label) == 1).float()              # [h, w]
+        cells = adaptive_max_pool2d(mask[None], [-(-s // 8) for s in mask.shape])[0]        # [H, W]
+        up = interpolate(cells[None, None], mask.shape, mode="nearest")[0, 0]               # [h, w]
+        rows.append((mask.mean(), cells.mean(), mask[up == 1].mean()))
+    full, pooled, taught = torch.tensor(rows).mean(0).tolist()
     print(f"\nR11. Boundary pixels {full:.1%}; boundary cells of the pooled mask at stride 8 {pooled:.1%}; within these "
           f"cells\n{taught:.0%} of the pixels are boundary: what a loss at image size teaches B there.")
 

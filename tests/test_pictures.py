@@ -59,7 +59,7 @@ def cut(picture, row, column):
 
 
 def shows(tile, want, mark):
-    """Is every pixel of the map of one colour, the wanted one, [3, 18, 18], but for those by the frame around `mark`?"""
+    """Is every pixel of the map of the wanted colour [3, 18, 18], all of it, but those by the frame around `mark`?"""
     cells = tile.unflatten(1, (18, 8)).unflatten(3, (18, 8))    # [3, 18, 8, 18, 8]
     same = (cells == want[:, :, None, :, None]).all(0).all(3).all(1)        # [18, 18]
     y, x = (torch.arange(18) - at for at in divmod(mark, 18))
@@ -162,7 +162,7 @@ def test_mistakes_are_named(given, words, trained, tmp_path, monkeypatch):
 def test_drawings_show_the_equations(tmp_path, monkeypatch):
     run(monkeypatch, "drawings", "--out", tmp_path)
     with Image.open(tmp_path / "curve.png") as picture:
-        for p, first, colour in ((0.3, 0, (58, 82, 139)), (0.9, 0.5, (200, 60, 60))):
+        for p, first, colour in ((0.9, 0, (58, 82, 139)), (0.02, 0.5, (200, 60, 60))):
             E = ranet.semantic_divergence(torch.tensor([[[1 - first, 1 - p]], [[first, p]]]))[0, 1].item()
             assert picture.getpixel((round(34 + p * 532), round(334 - E * 300))) == colour
     with Image.open(tmp_path / "line.png") as picture:          # 64 a pixel; the sample after three of seven steps
