@@ -65,8 +65,8 @@ def end_points_and_threshold(labels: list[Tensor], N: int) -> None:
 
 def thin_walls() -> None:
     n = 21
-    print(f"\nR1, R3. The lowest wall, in steps of 0.02, that parts a {n} x {n} map (B = 0 elsewhere, classes equal):\n")
-    print("| threshold | k | one pixel thick | two pixels thick |\n|---|---|---|---|")
+    print(f"\nR1, R3. The lowest wall, in steps of 0.02, that parts a {n} x {n} map (B = 0 elsewhere, classes "
+          "equal):\n\n| threshold | k | one pixel thick | two pixels thick |\n|---|---|---|---|")
     for threshold, k in itertools.product((0.5, 0.65, 0.8), (1, 3)):
         found = {}
         for wall, step in itertools.product((1, 2), range(51)):
@@ -123,8 +123,8 @@ def boundary_target(labels: list[Tensor]) -> None:
         up = interpolate(cells[None, None], mask.shape, mode="nearest")[0, 0]               # [h, w]
         rows.append((mask.mean(), cells.mean(), mask[up == 1].mean()))
     full, pooled, taught = torch.tensor(rows).mean(0).tolist()
-    print(f"\nR11. Boundary pixels {full:.1%}; boundary cells of the pooled mask at stride 8 {pooled:.1%}; within these "
-          f"cells\n{taught:.0%} of the pixels are boundary: what a loss at image size teaches B there.")
+    print(f"\nR11. Boundary pixels {full:.1%}; boundary cells of the pooled mask at stride 8 {pooled:.1%}; within "
+          f"these cells\n{taught:.0%} of the pixels are boundary: what a loss at image size teaches B there.")
 
 
 def main() -> None:
