@@ -236,7 +236,7 @@ def region_statistics(regions: ranet.Regions, boundary: Tensor) -> list[float]:
 
 
 def look(split: str, data, workers: int) -> None:
-    """Every label is read once before the first step: what is wrong or missing is said now."""
+    """Every picture and label is read once before the first step: what is wrong or missing is said now."""
     if not hasattr(data, "files"):
         return
     loader = DataLoader(Look(data), batch_size=None, num_workers=workers)

@@ -94,7 +94,7 @@ def test_turned_photos_are_read_upright(tmp_path, orientation, end):
     Image.fromarray(stored).convert("RGB").save(root / "train" / "images" / f"0.{end}", exif=exif)
     image, _label = data.load("folder", root)[0]
     assert image[0].tolist() == upright.tolist()
-    assert data.Look(data.load("folder", root))[0].sum() == 6   # the header alone tells the same size
+    assert data.Look(data.load("folder", root))[0].sum() == 6   # the size that the label has
 
 
 def test_pillow_refusals_name_the_file(tmp_path, monkeypatch):
