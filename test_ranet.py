@@ -380,6 +380,13 @@ def test_lone_pixels_go_to_the_lower_number_at_a_tie():
     assert ranet.join_lone_pixels(labels, torch.full((5, 5), 0.5, dtype=torch.float64)).tolist() == [0, 0, 0, 1, 1]
 
 
+def test_lone_pixels_go_by_the_mean_and_not_by_the_sum():
+    labels = torch.tensor([0, 0, 1, 2, 2, 2, 2])
+    Fg = torch.full((7, 7), 0.4, dtype=torch.float64)
+    Fg[2, :2] = Fg[:2, 2] = 0.6                                 # a mean of 0.6 and 0.4, a sum of 1.2 and 1.6
+    assert ranet.join_lone_pixels(labels, Fg).tolist() == [0, 0, 0, 1, 1, 1, 1]
+
+
 def test_lone_pixels_of_the_modules_regions_are_gone():
     """A wall of one pixel between two halves: its pixels belong to the halves, unless they are asked to stay."""
     B, C = torch.full((1, 6, 7), 0.05), torch.full((1, 2, 6, 7), 0.5)
