@@ -511,8 +511,8 @@ def evaluate_checkpoint(args, rank: int, world: int, device: torch.device) -> No
         (out / f"eval-{args.split}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-OURS = PngImagePlugin.PngInfo()
-OURS.add_text("Software", __doc__[:30])         # such a file may be replaced, others not
+MAKER, OURS = "RANet train.py", PngImagePlugin.PngInfo()
+OURS.add_text("Software", MAKER)                # such a file may be replaced, others not
 
 
 def predict(args, rank: int, world: int, device: torch.device) -> None:
@@ -531,7 +531,7 @@ def predict(args, rank: int, world: int, device: torch.device) -> None:
         try:
             image = read_image(picture)                         # [3, h, w]
             for target in targets:
-                if target.exists() and Image.open(target).info.get("Software") != __doc__[:30]:
+                if target.exists() and Image.open(target).info.get("Software") != MAKER:
                     raise DataError(f"{target} was not made by --predict and is not replaced: choose another --out")
         except (DataError, OSError) as error:                   # the others go on
             print(error, file=sys.stderr, flush=True)
