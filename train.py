@@ -10,48 +10,29 @@
     python train.py --eval runs/cityscapes-ranet/last.pt --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
     python train.py --predict runs/cityscapes-ranet/last.pt a.jpg photos/    a_mask.png, a_overlay.png, ...
 
-A run writes into --out, a folder that all machines share: log.jsonl (a line every few steps), last.pt (the
-checkpoint), and at its end metrics.json and overview.png. In a log line `regions` is Q, `singles` the share
-of pixels that are a region of their own, `mean_B` and `mean_J` the means of B and J: a run has collapsed
-where regions stays at 1 or singles goes to 1. Rn in a comment is a section of docs/differences.md.
+A run writes into --out, a folder that all machines share: log.jsonl, last.pt (the checkpoint) and at its end
+metrics.json and overview.png. In a log line `regions` is Q, `singles` the share of pixels that are a region of
+their own, `mean_B` and `mean_J` the means of B and J. Rn in a comment is a section of docs/differences.md.
 """
 import argparse
-import io
-import itertools
 import json
 import math
 import os
-import pickle
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
-from torchvision.transforms.v2.functional import center_crop, resize, to_pil_image
-from torchvision.utils import draw_keypoints, draw_segmentation_masks, make_grid
 from tqdm import tqdm
 
 import ranet
-from data import (
-    PICTURES,
-    DataError,
-    Look,
-    TrainingSet,
-    cityscapes_label_ids,
-    colorize,
-    distinct_colours,
-    load,
-    normalize,
-    read_image,
-)
+from data import Look, TrainingSet, load
+from evaluate import BAR, draw_overview, evaluate, one_line, predict, read, report, restore, save, score, writable
 
 # The paper's values for its three data sets, and the field's where it is silent (R12).
 PAPER = {"root": None, "split": "train", "backbone": "resnet101", "weights": None, "strides": None, "channels": None,
@@ -65,7 +46,6 @@ RECIPES = {
 }
 SETTINGS = "data", *PAPER                               # what a checkpoint remembers
 MODEL = "backbone", "strides", "channels", "context", "k"       # what its weights fit
-BAR = {"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 30}      # in a file, a line now and then
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -91,7 +71,7 @@ class Backbone(nn.Module):
         return torch.cat(maps, 1)[:, :, :-(-h // 8), :-(-w // 8)]       # [b, in_channels, H, W]
 
 
-def make_backbone(name: str, weights: str = "none", strides: Sequence[int] | None = None) -> tuple[nn.Module, int]:
+def make_backbone(name: str, weights: str = "none", strides: list[int] | None = None) -> tuple[nn.Module, int]:
     """A backbone of stride 8 (small: 4) and its channels: the deepest map of each stride of any timm model.
 
     weights: none, imagenet, or a file of the whole timm model. strides: of the maps to take; None for all from
@@ -140,10 +120,9 @@ def make_backbone(name: str, weights: str = "none", strides: Sequence[int] | Non
     for p in backbone.parameters():
         p.requires_grad_(p.grad is not None)                    # DDP stops where a parameter is idle
         p.grad = None
-    channels = sum(backbone.channels)
     if hrnet:               # the paper's second model, as far as its one line says
-        return nn.Sequential(backbone, ASPP(channels, (12, 24, 36), 512)), 512
-    return backbone, channels
+        return nn.Sequential(backbone, ASPP(sum(backbone.channels), (12, 24, 36), 512)), 512
+    return backbone, sum(backbone.channels)
 
 
 class NoContext(nn.Module):
@@ -203,7 +182,7 @@ def seed_of(seed: int, step: int, slot: int) -> int:
     return (seed << 44) + (step << 16) + slot
 
 
-def order(n: int, args, step: int, rank: int, world: int):
+def order(n: int, args, step: int):
     """This process's part of every batch from `step` on, as (index, augmentation seed).
 
     Images come in a new permutation every epoch; a batch may hold the end of one and the start of the next.
@@ -211,7 +190,7 @@ def order(n: int, args, step: int, rank: int, world: int):
     epoch = None
     for now in range(step, args.steps):
         batch = []
-        for slot in range(rank, args.batch, world):
+        for slot in range(args.rank, args.batch, args.world):
             this, place = divmod(now * args.batch + slot, n)
             if this != epoch:
                 epoch, generator = this, torch.Generator().manual_seed(seed_of(args.seed, this, 2 * args.batch))
@@ -227,34 +206,31 @@ def mean(x: Tensor, world: int) -> Tensor:
     return x.div_(world)
 
 
-def region_statistics(regions: ranet.Regions, boundary: Tensor) -> list[float]:
-    """Q, the share of single-pixel regions in the map, and the means of B and J, over all images (R14)."""
+def region_statistics(regions: ranet.Regions, boundary: Tensor) -> Tensor:
+    """Q, the share of single-pixel regions in the map, and the means of B and J, over all images [4].
+    A run has collapsed where Q stays at 1 or the share goes to 1 (R14)."""
     sizes = [image.flatten().bincount() for image in regions.labels]
     Q = sum(len(size) for size in sizes) / len(sizes)
     singles = sum((size == 1).sum().item() for size in sizes) / regions.labels.numel()
-    return [Q, singles, boundary.sigmoid().mean().item(), regions.J.mean().item()]
+    return torch.tensor([Q, singles, boundary.sigmoid().mean().item(), regions.J.mean().item()], device=boundary.device)
 
 
 def look(split: str, data, workers: int) -> None:
     """Every picture and label is read once before the first step: what is wrong or missing is said now."""
-    if not hasattr(data, "files"):
-        return
     loader = DataLoader(Look(data), batch_size=None, num_workers=workers)
     pixels = sum(tqdm(loader, f"looking at the labels of {split}", **BAR))      # [256]
     missing = [name for name, count in zip(data.classes, pixels) if not count]
-    if len(missing) == len(data.classes):
-        nothing = f"{split}: nothing is labelled in its {len(data)} images"
-        if split != "val":
-            sys.exit(nothing)
-        print(f"{nothing}: there will be no score", flush=True)
-    elif missing:
-        print(f"{split}: no pixel of {len(missing)} of {len(data.classes)} classes: {', '.join(missing[:5])}",
-              flush=True)
+    nothing = len(missing) == len(data.classes)
+    if nothing and split != "val":
+        sys.exit(f"{split}: nothing is labelled in its {len(data)} images")
+    if missing:
+        print(f"{split}: no pixel of {len(missing)} of {len(data.classes)} classes ({', '.join(missing[:5])})"
+              f"{', so there will be no score' * nothing}", flush=True)
 
 
-def train(args, rank: int, world: int, device: torch.device) -> None:
-    out = Path(args.out)
-    last, log, saved = out / "last.pt", out / "log.jsonl", args.saved
+def train(args) -> None:
+    out, saved, rank, world, device = Path(args.out), args.saved, args.rank, args.world, args.device
+    last, log = out / "last.pt", out / "log.jsonl"
     if saved and not args.resume:
         sys.exit(f"{out} holds a run at step {saved['step']} of {saved['args']['steps']}: "
                  "continue it with --resume, or choose another --out")
@@ -263,7 +239,7 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
     if not args.split.startswith("train"):
         sys.exit(f"--split {args.split}: training takes train, trainval, or these with +coarse")
     data, val = load(args.data, args.root, args.split), load(args.data, args.root, "val")
-    if rank == 0 and not saved:
+    if rank == 0 and not saved and args.data != "shapes":
         look(args.split, data, args.workers)
         look("val", val, args.workers)
     torch.manual_seed(args.seed)
@@ -292,7 +268,7 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
               f"into {out} from step {start}", flush=True)
 
     batches = DataLoader(TrainingSet(data, args.crop, args.scale, args.radius), num_workers=args.workers,
-                         batch_sampler=order(len(data), args, start, rank, world), pin_memory=device.type == "cuda")
+                         batch_sampler=order(len(data), args, start), pin_memory=device.type == "cuda")
     net.train()
     bar = tqdm(total=args.steps, initial=start, disable=rank > 0, **BAR)
     try:
@@ -303,8 +279,7 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
                 group["lr"] = lr = args.lr * (1 - step / args.steps)        # falls to 0 linearly
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 output = net(image)
-                # DDP averages the gradients. With one count for all processes, every labelled pixel weighs
-                # the same, whichever process holds it.
+                # DDP averages the gradients: with one count for all, each labelled pixel weighs the same.
                 counts = mean(ranet.label_counts(label, mask, output.boundary.shape[1:]), world)
                 loss = ranet.ranet_loss(output, label, mask, counts=counts)
             shown = mean(torch.stack(loss).detach(), world).tolist()
@@ -320,8 +295,8 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
             if done % every == 0:
                 line = dict(zip(("step", "loss", "fine", "coarse", "boundary", "lr"), (done, *shown, lr)))
                 if output.regions is not None:
-                    numbers = torch.tensor(region_statistics(output.regions, output.boundary), device=device)
-                    line.update(zip(("regions", "singles", "mean_B", "mean_J"), mean(numbers, world).tolist()))
+                    numbers = mean(region_statistics(output.regions, output.boundary), world).tolist()
+                    line.update(zip(("regions", "singles", "mean_B", "mean_J"), numbers))
                 if rank == 0:
                     with open(log, "a") as file:
                         file.write(json.dumps(line) + "\n")
@@ -340,254 +315,10 @@ def train(args, rank: int, world: int, device: torch.device) -> None:
     if world > 1:       # without SyncBatchNorm, every process has running statistics of its own
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    result = evaluate(model, val, "val", args.split, args, rank, world, device)
+    result = evaluate(model, val, "val", args.split, args)
     if rank == 0:
-        report(result)
-        result = dict(result, steps=args.steps, seed=args.seed)
-        (out / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
-        draw_overview(model, val, args, device, out / "overview.png")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------
-
-def save(path: Path, checkpoint: dict) -> None:
-    """A kill or a full disk at any moment leaves the previous checkpoint whole."""
-    if not all(x.isfinite().all() for x in checkpoint["model"].values() if x.is_floating_point()):
-        raise ValueError("weights that are not finite")
-    whole, new = io.BytesIO(), path.with_name(path.name + ".tmp")
-    torch.save(checkpoint, whole)       # not into the file: torch hides what the disk says
-    try:
-        with open(new, "wb") as file:
-            file.write(whole.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise OSError(f"the checkpoint could not be written ({one_line(error)})") from None
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        sys.exit(f"{path}: no such file")
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError):
-        sys.exit(f"{path} cannot be read as a checkpoint")
-    if not isinstance(checkpoint, dict) or not {"args", "step", "model", "classes"} <= checkpoint.keys():
-        sys.exit(f"{path} is no checkpoint of train.py")
-    return checkpoint
-
-
-def restore(model: nn.Module, checkpoint: dict, path: str | Path, classes: Sequence[str]) -> None:
-    for n, (trained, here) in enumerate(itertools.zip_longest(checkpoint["classes"], classes)):
-        if trained != here:
-            sys.exit(f"class {n} is {trained!r} in {path} and {here!r} in the data "
-                     f"({len(checkpoint['classes'])} and {len(classes)} classes)")
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError:
-        sys.exit(f"{path} holds the weights of another model")
-
-
-def writable(out: Path) -> None:
-    """Makes the folder; one that cannot be written to is told before the work."""
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Evaluation and prediction
-# ---------------------------------------------------------------------------------------------------------
-
-def slide(model: nn.Module, image: Tensor, crop: int, maps: int = 2) -> Tensor:
-    """Logits of the fine and, of two maps, the coarse one [maps, N, h, w] of an image [1, 3, h, w], by windows of
-    the training crop two thirds of it apart; a mean where they overlap. Windows shrink to a smaller image."""
-    tops, lefts = (sorted({min(x, max(size - crop, 0)) for x in range(0, max(size, crop), math.ceil(crop * 2 / 3))})
-                   for size in image.shape[2:])
-    windows = [(..., slice(y, y + crop), slice(x, x + crop)) for y, x in itertools.product(tops, lefts)]
-    few = max(1, 2 ** 19 // image[windows[0]][0, 0].numel())    # go through the network together
-    total, count = None, image.new_zeros(image.shape[2:])       # [h, w]
-    for some in (windows[a:a + few] for a in range(0, len(windows), few)):
-        logits = model(torch.cat([image[window] for window in some]))[:maps]    # [few, N, window] each
-        if total is None:
-            total = image.new_zeros(maps, logits[0].shape[1], *count.shape)     # [maps, N, h, w]
-        for window, *parts in zip(some, *logits):
-            for sums, part in zip(total, parts):
-                sums[window] += part
-            count[window] += 1
-    return total.div_(count)
-
-
-@torch.inference_mode()
-def segment(model: nn.Module, image: Tensor, args, maps: int = 2) -> Tensor:
-    """Class probabilities of the fine and, of two maps, the coarse one [maps, N, h, w] of a normalised image
-    [3, h, w], a mean over the scales and the mirrored images. In place: a photo has many pixels."""
-    h, w = image.shape[1:]
-    total = None
-    for scale, mirrored in itertools.product(args.scales, (False, True)[:1 + args.flip]):
-        scaled = image[None]                                    # [1, 3, h, w]
-        if scale != 1:
-            size = max(1, round(h * scale)), max(1, round(w * scale))
-            scaled = interpolate(scaled, size, mode="bilinear", antialias=True)     # [1, 3, *size]
-        p = slide(model, scaled.flip(3) if mirrored else scaled, args.crop, maps)   # [maps, N, *size]
-        p = p.flip(3) if mirrored else p
-        p = interpolate(p, (h, w), mode="bilinear") if scale != 1 else p            # [maps, N, h, w]
-        p.sub_(p.amax(1, keepdim=True)).exp_()
-        p.div_(p.sum(1, keepdim=True))                          # with the line before: softmax over the classes
-        total = p if total is None else total.add_(p)
-    return total.div_(len(args.scales) * (1 + args.flip))
-
-
-def confusion(label: Tensor, prediction: Tensor, N: int) -> Tensor:
-    """[N, N] int64: pixels by label (row) and prediction (column); an ignored label counts nowhere."""
-    valid = label != 255
-    return (label[valid].long() * N + prediction[valid]).bincount(minlength=N * N).view(N, N)
-
-
-def iou(matrix: Tensor) -> Tensor:
-    """[N]: the intersection over the union of each class; NaN for a class neither labelled nor predicted."""
-    hits = matrix.diagonal().double()
-    return hits / (matrix.sum(0) + matrix.sum(1) - hits)
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, data, split: str, trained: str, args, rank: int, world: int, device: torch.device,
-             predictions: Path | None = None) -> dict:
-    """mIoU of both maps, every image once, on one process. `predictions`: where Cityscapes' label ids go."""
-    model.eval()
-    N = len(data.classes)
-    matrix = torch.zeros(2, N, N, dtype=torch.int64, device=device)
-    mine = range(rank, len(data), world)
-    loader = DataLoader(Subset(data, mine), batch_size=None, num_workers=args.workers)
-    for i, (image, label) in zip(mine, tqdm(loader, "evaluation", disable=rank > 0, **BAR)):
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            fine, coarse = segment(model, normalize(image).to(device), args).argmax(1)      # [h, w] each
-        for k, prediction in enumerate((fine, coarse)):
-            matrix[k] += confusion(label.to(device), prediction, N)
-        if predictions:
-            Image.fromarray(cityscapes_label_ids(fine).numpy()).save(predictions / f"{data.name(i)}.png")
-    if world > 1:
-        dist.all_reduce(matrix)
-    scores = torch.stack([iou(x) for x in matrix.cpu()])        # [2, N]
-    scores = torch.cat((scores, scores.nanmean(1, keepdim=True)), 1).tolist()       # the mean over classes last
-    *classes, means = [[None if math.isnan(x) else x for x in pair] for pair in zip(*scores)]     # JSON has no NaN
-    seen = " (trained on)" if trained.startswith("trainval") and split != "test" else ""
-    protocol = (f"{args.data} {split}{seen}, {len(data)} images, {N} classes; windows of {args.crop}, stride "
-                f"{math.ceil(args.crop * 2 / 3)}; scales {' '.join(f'{scale:g}' for scale in args.scales)}"
-                f"{', mirrored too' if args.flip else ''}; classes without a pixel left out of the mean")
-    return {"fine_miou": means[0], "coarse_miou": means[1], "data": args.data, "context": args.context,
-                "backbone": args.backbone, "protocol": protocol, "pixels": int(matrix[0].sum()),
-                "classes": {name: {"fine": f, "coarse": c} for name, (f, c) in zip(data.classes, classes)}}
-
-
-def report(result: dict) -> None:
-    rows = {**result["classes"], "mean": {"fine": result["fine_miou"], "coarse": result["coarse_miou"]}}
-    width = max(map(len, [*rows, "IoU in %"]))
-    print(f"{'IoU in %':{width}}    fine  coarse")
-    for name, row in rows.items():
-        print(f"{name:{width}}", *("      -" if x is None else f"{100 * x:7.1f}" for x in row.values()))
-    print(result["protocol"], flush=True)
-
-
-def evaluate_checkpoint(args, rank: int, world: int, device: torch.device) -> None:
-    data, out = load(args.data, args.root, args.split), Path(args.out)
-    trained = args.saved["args"]["split"] if args.data == args.saved["args"]["data"] else ""
-    unlabelled = all(label is None for _, label in getattr(data, "files", [(0, 0)]))
-    if unlabelled and args.data != "cityscapes":
-        sys.exit(f"{args.split} has no labels to score with: use --predict for its pictures")
-    model = build(args, len(data.classes)).to(device)
-    restore(model, args.saved, args.eval, data.classes)
-    predictions = out / "cityscapes-test" if unlabelled else None
-    writable(predictions or out)
-    result = evaluate(model, data, args.split, trained, args, rank, world, device, predictions)
-    if rank == 0 and unlabelled:
-        print(f"{len(data)} label maps for the Cityscapes server in {predictions}")
-    elif rank == 0:
-        report(result)
-        result = dict(result, steps=args.saved["step"])
-        (out / f"eval-{args.split}.json").write_text(json.dumps(result, indent=1) + "\n")
-
-
-MAKER, OURS = "RANet train.py", PngImagePlugin.PngInfo()
-OURS.add_text("Software", MAKER)                # such a file may be replaced, others not
-
-
-def predict(args, rank: int, world: int, device: torch.device) -> None:
-    given = [Path(x) for x in args.predict[1:]]
-    pictures = [x for p in given for x in (sorted(p.iterdir()) if p.is_dir() else [p])
-                if x in given or x.suffix.lower() in PICTURES]
-    if len({picture.stem for picture in pictures}) < len(pictures):
-        sys.exit("--predict: two pictures have the same name, and so would their results")
-    classes, palette = args.saved["classes"], [tuple(colour) for colour in args.saved["palette"]]
-    model = build(args, len(classes)).to(device).eval()
-    restore(model, args.saved, args.predict[0], classes)
-    writable(Path(args.out))
-    bad, mine = 0, pictures[rank::world]
-    for picture in mine:
-        targets = [Path(args.out) / f"{picture.stem}_{kind}.png" for kind in ("mask", "overlay")]
-        try:
-            image = read_image(picture)                         # [3, h, w]
-            for target in targets:
-                if target.exists() and Image.open(target).info.get("Software") != MAKER:
-                    raise DataError(f"{target} was not made by --predict and is not replaced: choose another --out")
-        except (DataError, OSError) as error:                   # the others go on
-            print(error, file=sys.stderr, flush=True)
-            bad += 1
-            continue
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            label = segment(model, normalize(image).to(device), args, maps=1)[0].argmax(0).cpu()    # [h, w]
-        mask = Image.fromarray(label.byte().numpy())            # the numbers are the ids,
-        mask.putpalette([x for colour in palette for x in colour])      # and viewers show the colours
-        found = label.unique()
-        overlay = draw_segmentation_masks(image, label == found[:, None, None], 0.6, [palette[n] for n in found])
-        for target, result in zip(targets, (mask, to_pil_image(overlay))):
-            result.save(target, pnginfo=OURS)
-            print(target, flush=True)
-    if bad:
-        sys.exit(f"{bad} of {len(mine)} pictures could not be segmented")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# A picture of what the network does, as in the paper's Figure 5
-# ---------------------------------------------------------------------------------------------------------
-
-TILE = 192      # pixels a side of each small picture
-
-
-def tile(image: Tensor) -> Tensor:
-    """uint8 [3, h, w] as [3, TILE, TILE]; pixels stay sharp."""
-    return resize(image.cpu(), [TILE, TILE], 0)                 # 0: nearest
-
-
-def draw_regions(labels: Tensor, J: Tensor, K: int) -> Tensor:
-    """uint8 [3, TILE, TILE]: regions [H, W] in arbitrary colours, their representatives as white dots."""
-    H, W = labels.shape
-    picture = tile(colorize(labels % 255, distinct_colours(255)))
-    reps = ranet.select_representatives(J.flatten(), labels.flatten(), K).cpu()     # [P]
-    places = torch.stack(((reps % W + 0.5) * TILE / W, (reps // W + 0.5) * TILE / H), 1)[None]      # [1, P, 2]
-    for colour, radius in (("black", 3), ("white", 2)):
-        picture = draw_keypoints(picture, places, colors=colour, radius=radius)
-    return picture
-
-
-@torch.inference_mode()
-def draw_overview(model: nn.Module, data, args, device: torch.device, path: Path) -> None:
-    """A row for each of four images: image, label, B, regions with representatives, coarse and fine result."""
-    tiles = []
-    for i in sorted({min(i * len(data) // 4 + i, len(data) - 1) for i in range(4)}):
-        image, label = (center_crop(x, [min(*x.shape[-2:], args.crop)]) for x in data[i])
-        output = model(normalize(image)[None].to(device))
-        B = (255 * output.boundary.float().sigmoid()).byte().expand(3, -1, -1)      # [3, H, W]
-        row = [image, colorize(label, data.palette), B]
-        row += [colorize(x[0].argmax(0), data.palette) for x in (output.coarse, output.fine)]
-        row = [tile(x) for x in row]
-        if output.regions is not None:
-            row.insert(3, draw_regions(output.regions.labels[0], output.regions.J[0], args.k))
-        tiles += row
-    to_pil_image(make_grid(tiles, len(row), padding=8, pad_value=255)).save(path)
+        report(dict(result, steps=args.steps, seed=args.seed), out / "metrics.json")
+        draw_overview(model, val, args, out / "overview.png")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -611,8 +342,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     first.error = sys.exit                  # one line, as for every other mistake
     add = first.add_argument
     add("--eval", metavar="CHECKPOINT", help="mIoU; on Cityscapes' test split, label maps for its server")
-    add("--predict", nargs="+", metavar=("CHECKPOINT", "IMAGE"),
-        help="masks (8 bits, the numbers are the ids) and overlays of pictures and folders")
+    add("--predict", nargs="+", metavar=("CHECKPOINT", "IMAGE"), help="a mask (its numbers are the ids) and an overlay")
     add("--resume", **yes, help="continue the run in --out, or start it if it has no checkpoint yet")
     add("--out", help="folder of results (runs/DATA-CONTEXT; beside the checkpoint for --eval, --predict)")
     add("--data", choices=RECIPES, help="data set (shapes, which is generated)")
@@ -622,7 +352,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     path = args.eval or args.predict and args.predict[0]
     out = Path(path).parent if path else Path(args.out or f"runs/{args.data or 'shapes'}-{args.context or 'ranet'}")
     path = path or out / "last.pt"
-    saved = read_checkpoint(path) if command != "training" or path.exists() else None
+    saved = read(path) if command != "training" or path.exists() else None
     known = saved["args"] if saved and (command != "training" or args.resume) else {}
     defaults = {**RECIPES[args.data or known.get("data", "shapes")], "data": "shapes", **known}
     if args.data not in (None, known.get("data")):      # an evaluation on other data
@@ -630,8 +360,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if command == "--eval":
         defaults["split"] = "val"
 
-    parser = argparse.ArgumentParser(parents=[first], allow_abbrev=False, description=(
-        "Train, resume and evaluate RANet, or segment pictures. Defaults in brackets."))
+    parser = argparse.ArgumentParser(parents=[first], allow_abbrev=False, description="Defaults in brackets.")
     parser.error = lambda message: sys.exit(f"{command}: {message}")
     def add(commands: str, *name: str, **options) -> None:
         if command in commands or {"-h", "--help"} & set(argv):
@@ -660,8 +389,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.set_defaults(**{**defaults, "scales": [1.0], "flip": False})
     args = parser.parse_args(argv)
 
-    fixed = () if not known else SETTINGS if command == "training" else MODEL
-    for key in fixed:
+    for key in () if not known else SETTINGS if command == "training" else MODEL:
         if getattr(args, key) != known.get(key) and key != "root":
             sys.exit(f"--{key} {getattr(args, key)} contradicts {path}, which was trained with {known.get(key)}")
     if args.predict and (len(args.predict) == 1 or args.resume or args.eval or args.data != known["data"]):
@@ -674,20 +402,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         sys.exit("--backbone small has no trained weights")
     args.weights = args.weights or ("none" if args.backbone == "small" else "imagenet")
     args.out = args.out or str(out / ("predictions" if args.predict else ""))
-    args.saved, args.run = saved, evaluate_checkpoint if args.eval else predict if args.predict else train
+    args.command, args.path, args.saved = command, path, saved
     return args
 
 
-def one_line(error: BaseException) -> str:
-    if "DataLoader worker" in str(error) and "Traceback" in str(error):     # a worker's, whose last line says it
-        return str(error).strip().splitlines()[-1].partition(": ")[2]
-    if "shared memory" in str(error):
-        return "this machine has too little shared memory for workers: raise it, or use --workers 0"
-    return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: list[str]) -> None:
     store, rank, world, local = None, 0, 1, 0
     if "RANK" in os.environ:            # torchrun has started this process
         lost = [x for x in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if x not in os.environ]
@@ -700,16 +419,19 @@ def main(argv: list[str] | None = None) -> None:
         if args.gpus:                   # torchrun, spelled shorter; of two --gpus the last holds
             os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                       f"--nproc-per-node={args.gpus}", __file__, *argv, "--gpus", "0"])
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
+        device = torch.device(*("cuda", local) if torch.cuda.is_available() else ("cpu",))
+        if device.type == "cuda":
             if local >= torch.cuda.device_count():
                 sys.exit(f"process {local} of this machine has no GPU: it shows {torch.cuda.device_count()}")
-            device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         if world > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-        args.run(args, rank, world, device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", None, None, world, rank, store)
+        args.rank, args.world, args.device = rank, world, device
+        if args.command == "training":
+            train(args)
+        else:
+            model = build(args, len(args.saved["classes"])).to(device)
+            (score if args.command == "--eval" else predict)(model, args)
     except KeyboardInterrupt:
         sys.exit("stopped")
     except (SystemExit, ValueError, OSError, RuntimeError) as error:    # a mistake in flags or data, not in the code
@@ -725,4 +447,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -23,6 +23,7 @@ from torchvision.transforms.v2.functional import center_crop, pad, resize, rgb_t
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
+import evaluate
 import ranet
 import train
 from data import DataError, colorize, load, normalize, read_image
@@ -36,12 +37,12 @@ SCALE = torch.tensor([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98),
 
 def network(path: str | Path) -> tuple[ranet.RANet, SimpleNamespace, dict]:
     """A trained RANet, the arguments it was trained with, and its checkpoint."""
-    checkpoint = train.read_checkpoint(path)
+    checkpoint = evaluate.read(path)
     args = SimpleNamespace(**checkpoint["args"])
     if args.context != "ranet":
         sys.exit(f"{path} was trained without all of the equations (--context {args.context})")
     model = train.build(args, len(checkpoint["classes"])).eval()
-    train.restore(model, checkpoint, path, checkpoint["classes"])
+    evaluate.restore(model, checkpoint, path, checkpoint["classes"])
     return model, args, checkpoint
 
 
@@ -132,7 +133,7 @@ def weights(image: Tensor, maps: SimpleNamespace, chosen: list[int], K: int) -> 
         parts = {"W^l, eq. 6": (others, maps.Wl[p]), "W^g, eq. 7": (senders, heard),
                  "W^d, eq. 8": (inside, maps.Wd[:, p])}
         rows.append({"image": image, f"its region: {inside.sum()} pixels":
-                     train.draw_regions(maps.labels.view(size), maps.J.view(size), K),
+                     evaluate.draw_regions(maps.labels.view(size), maps.J.view(size), K),
                      **{f"{title}: {weight.max():.2g} of {among.sum()}":
                         over(image, among.view(size), weight.view(size)) for title, (among, weight) in parts.items()},
                      f"J, eq. 5: {maps.J[maps.reps[p]]:.2f} here": heat(maps.J.view(size))})
@@ -151,7 +152,7 @@ def growth(steps: tuple[int, ...] = STEPS, flags: tuple[str, ...] = ()) -> Image
         model.load_state_dict(checkpoint["model"])
         for row in rows if checkpoint["step"] in steps else ():
             labels, J = model(normalize(row["image"])[None]).regions        # [1, H, W] each
-            row[f"step {checkpoint['step']}: Q = {labels.max() + 1}"] = train.draw_regions(labels[0], J[0], args.k)
+            row[f"step {checkpoint['step']}: Q = {labels.max() + 1}"] = evaluate.draw_regions(labels[0], J[0], args.k)
 
     draw(None, {"step": 0, "model": model.state_dict()})
     with TemporaryDirectory() as folder, mock.patch.object(train, "save", draw):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import data
+import evaluate
 import train
 
 ROOT = Path(train.__file__).parent
@@ -52,14 +53,14 @@ def test_labels_that_carry_nothing_are_told_before_training(tmp_path, capsys):
     assert "train: nothing is labelled in its 2 images" in run(*TINY, "--root", root, "--out", tmp_path / "run")
     Image.fromarray(np.where(np.eye(20, 24) > 0, 255, 0).astype(np.uint8)).save(root / "train" / "labels" / "0.png")
     assert run(*TINY, "--root", root, "--out", tmp_path / "run") is None
-    assert "train: no pixel of 1 of 2 classes: road" in capsys.readouterr().out
+    assert "train: no pixel of 1 of 2 classes (road)" in capsys.readouterr().out
 
 
 def test_missing_labels_are_told_at_the_start(tmp_path, capsys):
     root = folder(tmp_path / "set")
     (root / "val" / "labels").rename(root / "val" / "label")
     assert run(*TINY, "--root", root, "--out", tmp_path / "run") is None
-    assert "val: nothing is labelled in its 2 images: there will be no score" in capsys.readouterr().out
+    assert "val: no pixel of 2 of 2 classes (sky, road), so there will be no score" in capsys.readouterr().out
     assert "use --predict" in run("--eval", tmp_path / "run" / "last.pt", "--workers", "0")
     (root / "train" / "labels").rename(root / "train" / "label")
     assert "train: nothing is labelled" in run(*TINY, "--root", root, "--out", tmp_path / "other")
@@ -153,7 +154,7 @@ def test_windows_together_are_windows_one_by_one():
         seen.append(len(images))
         return train.ranet.Output(images[:, :2] * images.mean((1, 2, 3), keepdim=True), images[:, 1:], None, None)
     image, seen = torch.rand(1, 3, 20, 31), []
-    together = train.slide(network, image, 8)
+    together = evaluate.slide(network, image, 8)
     assert len(seen) == 1 and seen[0] > 9
     total, count = torch.zeros(2, 2, 20, 31), torch.zeros(20, 31)
     for y in (0, 6, 12):

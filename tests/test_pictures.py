@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 import data
+import evaluate
 import ranet
 import train
 
@@ -120,7 +121,7 @@ def test_largest_regions_and_their_representatives(drawn):
 
 def test_growth_draws_each_step_with_the_weights_it_had(trained):
     picture, states, path = trained
-    args = SimpleNamespace(**train.read_checkpoint(path)["args"])
+    args = SimpleNamespace(**evaluate.read(path)["args"])
     model, seen = train.build(args, 7).eval(), set()
     for row, scene in enumerate((0, 2)):
         image = data.Shapes("val")[scene][0][:, 16:56, 16:56]   # the middle 40 of 72
@@ -129,7 +130,7 @@ def test_growth_draws_each_step_with_the_weights_it_had(trained):
             model.load_state_dict(state)
             with torch.inference_mode():
                 labels, J = model(data.normalize(image)[None]).regions
-            assert torch.equal(cut(picture, row, column), pictures.tile(train.draw_regions(labels[0], J[0], args.k)))
+            assert torch.equal(cut(picture, row, column), pictures.tile(evaluate.draw_regions(labels[0], J[0], args.k)))
             seen.add(cut(picture, row, column).numpy().tobytes())
     assert len(seen) > 4                                        # the steps differ
 
@@ -150,7 +151,7 @@ def test_the_command_writes_the_pictures(trained, tmp_path, monkeypatch, capsys)
     (["growths"], "expected growth"), (["none.pt", "9"], "no such file"), (["LAST", "200"], "scene 200 of 200"),
     (["LAST", "none.jpg"], "none.jpg"), (["ALONE", "9"], "--context no-inter")])
 def test_mistakes_are_named(given, words, trained, tmp_path, monkeypatch):
-    checkpoint = train.read_checkpoint(trained[2])
+    checkpoint = evaluate.read(trained[2])
     checkpoint["args"]["context"] = "no-inter"
     torch.save(checkpoint, tmp_path / "alone.pt")
     given = [{"LAST": trained[2], "ALONE": tmp_path / "alone.pt"}.get(x, x) for x in given]

@@ -17,6 +17,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
+import evaluate
 import ranet
 import train
 
@@ -285,14 +286,17 @@ def test_train_mistakes_are_said_once_and_without_a_traceback():
 
 def test_train_order_is_one_permutation_an_epoch():
     args = train.parse(["--batch", "4", "--steps", "12", "--seed", "3"])
-    whole = list(train.order(10, args, 0, 0, 1))
+
+    def order(step, rank, world):
+        args.rank, args.world = rank, world
+        return list(train.order(10, args, step))
+    whole = order(0, 0, 1)
     indices = [i for batch in whole for i, _ in batch]
     assert all(sorted(indices[a:a + 10]) == list(range(10)) for a in (0, 10, 20, 30))
     assert indices[:10] != indices[10:20]
     assert len({seed for batch in whole for _, seed in batch}) == 48
-    assert list(train.order(10, args, 7, 0, 1)) == whole[7:]
-    split = zip(train.order(10, args, 0, 0, 2), train.order(10, args, 0, 1, 2))
-    assert [sorted(a + b) for a, b in split] == [sorted(batch) for batch in whole]
+    assert order(7, 0, 1) == whole[7:]
+    assert [sorted(a + b) for a, b in zip(order(0, 0, 2), order(0, 1, 2))] == [sorted(batch) for batch in whole]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -386,12 +390,12 @@ def test_train_says_when_weights_cannot_be_fetched(monkeypatch):
 def test_train_iou_by_hand():
     label = torch.tensor([[0, 0, 1, 255], [1, 1, 3, 255]])
     prediction = torch.tensor([[0, 1, 1, 0], [1, 3, 3, 2]])
-    matrix = train.confusion(label.byte(), prediction, 4)
+    matrix = evaluate.confusion(label.byte(), prediction, 4)
     assert matrix.sum() == 6 and matrix[1, 3] == 1 and matrix.dtype == torch.int64
-    scores = train.iou(matrix)
+    scores = evaluate.iou(matrix)
     assert scores[:2].tolist() == [1 / 2, 2 / 4] and scores[3] == 1 / 2
     assert scores[2].isnan() and scores.nanmean() == 0.5    # class 2: predicted where ignored
-    wrong = train.iou(train.confusion(label.byte(), torch.full_like(label, 2), 4))
+    wrong = evaluate.iou(evaluate.confusion(label.byte(), torch.full_like(label, 2), 4))
     assert wrong.tolist() == [0, 0, 0, 0]                       # predicted but never labelled counts as 0
 
 
@@ -424,17 +428,18 @@ def test_train_evaluation_by_hand():
     label = torch.tensor([[0, 1, 3], [1, 255, 255]], dtype=torch.uint8)             # [h, w]
     image = bright.expand(3, -1, -1)                            # [3, h, w]
     images = Four([(image, label), (image, torch.full_like(label, 255))])
-    args = Namespace(crop=2, workers=0, scales=[1.0], flip=False, amp=False, data="four", context="none", backbone="")
-    result = train.evaluate(Painted(), images, "val", "train", args, 0, 1, torch.device("cpu"))
+    args = Namespace(crop=2, workers=0, scales=[1.0], flip=False, amp=False, data="four", context="none", backbone="",
+                     rank=0, world=1, device=torch.device("cpu"))
+    result = evaluate.evaluate(Painted(), images, "val", "train", args)
     # fine: dark 1 right, 1 wrong (from red); red 1 right, 1 missed, 1 wrong (from unseen); unseen 1 missed.
     assert [c["fine"] for c in result["classes"].values()] == [1 / 2, 1 / 3, None, 0]
     assert [c["coarse"] for c in result["classes"].values()] == [1 / 4, 0, None, 0]
     assert result["fine_miou"] == pytest.approx((1 / 2 + 1 / 3) / 3)
     assert result["coarse_miou"] == pytest.approx(1 / 12) and result["pixels"] == 4
     assert "four val, 2 images, 4 classes; windows of 2, stride 2" in result["protocol"]
-    nothing = train.evaluate(Painted(), Four(images[1:]), "val", "train", args, 0, 1, torch.device("cpu"))
+    nothing = evaluate.evaluate(Painted(), Four(images[1:]), "val", "train", args)
     assert nothing["fine_miou"] is None
-    train.report(nothing)
+    evaluate.report(nothing, Path("scores.json"))
 
 
 @pytest.mark.parametrize("h, w, crop", [(20, 33, 8), (7, 30, 9), (16, 16, 16), (5, 4, 9), (21, 22, 1),
@@ -442,11 +447,11 @@ def test_train_evaluation_by_hand():
 def test_train_windows_cover_the_image(h, w, crop):
     image = torch.rand(1, 3, h, w)
     whole = Pointwise()(image)
-    found = train.slide(Pointwise(), image, crop)
+    found = evaluate.slide(Pointwise(), image, crop)
     torch.testing.assert_close(found, torch.cat((whole.fine, whole.coarse)))
     windows, model = [], Pointwise()
     model.register_forward_pre_hook(lambda _, images: windows.extend(image.shape[1:] for image in images[0]))
-    train.slide(model, image, crop)
+    evaluate.slide(model, image, crop)
     assert set(windows) == {(min(h, crop), min(w, crop))}       # windows shrink to the image, never pad it
     stride = math.ceil(crop * 2 / 3)
     assert len(windows) == math.prod(math.ceil(max(size - crop, 0) / stride) + 1 for size in (h, w))
@@ -456,15 +461,15 @@ def test_train_scales_and_mirrors_are_averaged():
     torch.manual_seed(0)
     image = torch.rand(3, 12, 10)
     args = Namespace(crop=8, scales=[1.0], flip=False)
-    plain = train.segment(Pointwise(), image, args)
+    plain = evaluate.segment(Pointwise(), image, args)
     torch.testing.assert_close(plain.sum(1), torch.ones(2, 12, 10))
     args.flip = True
-    torch.testing.assert_close(train.segment(Pointwise(), image, args), plain)
+    torch.testing.assert_close(evaluate.segment(Pointwise(), image, args), plain)
     args.scales = [1.0, 0.5]
-    both = train.segment(Pointwise(), image, args)
+    both = evaluate.segment(Pointwise(), image, args)
     args.scales = [0.5]
-    torch.testing.assert_close((plain + train.segment(Pointwise(), image, args)) / 2, both)
-    torch.testing.assert_close(train.segment(Pointwise(), image, args, maps=1)[0], train.segment(Pointwise(), image, args)[0])
+    torch.testing.assert_close((plain + evaluate.segment(Pointwise(), image, args)) / 2, both)
+    torch.testing.assert_close(evaluate.segment(Pointwise(), image, args, maps=1)[0], evaluate.segment(Pointwise(), image, args)[0])
 
 
 def test_train_evaluation_leaves_out_ignored_pixels(monkeypatch):
@@ -475,8 +480,8 @@ def test_train_evaluation_leaves_out_ignored_pixels(monkeypatch):
         label[label == 0] = 255
         return image, label
     monkeypatch.setattr(data.Shapes, "__getitem__", ignored)
-    seen, confusion = [], train.confusion
-    monkeypatch.setattr(train, "confusion", lambda *a: seen.append(confusion(*a)) or seen[-1])
+    seen, confusion = [], evaluate.confusion
+    monkeypatch.setattr(evaluate, "confusion", lambda *a: seen.append(confusion(*a)) or seen[-1])
     run("--eval", "out/last.pt", "--workers", 0, "--split", "test")
     assert len(seen) == 6 and all(matrix[0].sum() == 0 for matrix in seen)
 
