@@ -27,8 +27,9 @@ differentiable; what they make together; `RCB`, `RIB` and `RANet` for batches; t
     A^g, W^g   Ag, Wi          [P, M], [P, P]   eq. 7: global context; its weights (the paper's second W^g)
     O, W^d     O, Wd           [HW, M], [HW, P] eq. 8: contextual features; their weights
 
-Pixels are numbered in raster order; i and j are pixels, p and r representatives. At 97 x 97 a [HW, HW] matrix
-takes 338 MiB in float32.
+Pixels are numbered in raster order; i and j are pixels, p and r representatives. labels and reps are int64, the rest
+floating-point of one type. Below a docstring's formula stands what goes in -> what comes out, and what receives a
+gradient. At 97 x 97 a [HW, HW] matrix takes 338 MiB in float32.
 
 How the paper is read where it is silent or contradicts itself (docs/differences.md has the effects):
 
@@ -60,8 +61,7 @@ are looked at only on the CPU; on another device that would have to wait for it.
     print(out.fine.shape)                                    # torch.Size([2, 19, 128, 160])
     print(out.regions.labels.amax((1, 2)) + 1)               # Q, the number of regions of each image
 
-Not here: backbones, data sets, boundary masks and the training loop (train.py and data.py of the same project),
-trained weights, kernels in CUDA or Triton.
+Not here: backbones, data sets, boundary masks, the training loop, trained weights, kernels in CUDA or Triton.
 """
 from typing import NamedTuple
 
@@ -83,14 +83,10 @@ def boundary_probability(B: Tensor) -> Tensor:
     The line is sampled at every whole step of its longer axis, both end points included, each sample
     interpolated between its two nearest pixels along the shorter axis (Figure 2; R1). So D_ii = B_i.
 
-    Args:
-        B: [H, W] boundary scores in [0, 1].
-    Returns:
-        D [HW, HW] in [0, 1], symmetric.
-    Gradient: to B, at the highest sample; of several, at the one nearest the line's upper end (its left end, if
-        it is wider than high).
+    B [H, W] -> D [HW, HW], symmetric. Gradient: to B, at the highest sample; of several, at the one nearest the
+    line's upper end (its left end, if it is wider than high).
     """
-    _check_scores("B", B, "[H, W]", 2)
+    _check(B=B)
     H, W = B.shape
     j = torch.arange(H * W, device=B.device)                    # [HW]
     i = j[:, None]                                              # [HW, 1]
@@ -133,13 +129,10 @@ def semantic_divergence(C: Tensor) -> Tensor:
 
     As printed the formula is not 0 at i = j; its name, its symmetry and its range decide (R2).
 
-    Args:
-        C: [N, H, W] probabilities in [0, 1] that sum to 1 over the classes (to 1e-2).
-    Returns:
-        E [HW, HW] in [0, 1], symmetric; 0 where two pixels agree, 1 where they share no class.
-    Gradient: to C (first derivatives only); below 2^-24 the logarithms stay as they are at 2^-24.
+    C [N, H, W], which sums to 1 over the classes (to 1e-2) -> E [HW, HW], symmetric; 0 where two pixels agree, 1 where
+    they share no class. Gradient: to C (first derivatives only); below 2^-24 the logarithms stay as at 2^-24.
     """
-    _check_probabilities("C", C, "[N, H, W]", 3)
+    _check(C=C)
     Ci = C.flatten(1)[:, :, None]                               # [N, HW, 1]
     Cj = C.flatten(1)[:, None, :]                               # [N, 1, HW]
     U = (Ci + Cj) / 2                                           # [N, HW, HW]
@@ -158,16 +151,9 @@ def region_attention(D: Tensor, E: Tensor) -> Tensor:
 
     .. math:: F_{i,j} = (1 - D_{i,j})(1 - E_{i,j})
 
-    Args:
-        D: [HW, HW] in [0, 1], of eq. 1.
-        E: [HW, HW] in [0, 1], of eq. 2.
-    Returns:
-        F [HW, HW] in [0, 1].
-    Gradient: to D and E.
+    D, E [HW, HW] -> F [HW, HW]. Gradient: to D and E.
     """
-    _check_pairs("D", D)
-    _check_pairs("E", E)
-    _expect(D.shape == E.shape and D.dtype == E.dtype, "E", f"the shape and type of D, {list(D.shape)}", E)
+    _check(D=D, E=E)
     return (1 - D) * (1 - E)
 
 
@@ -179,20 +165,11 @@ def regularize(F: Tensor, Wg: Tensor, size: tuple[int, int]) -> Tensor:
     Row i of F is an H x W map over the pixels j. One kernel for all rows, a cross-correlation with the
     border replicated (R3).
 
-    Args:
-        F: [HW, HW] in [0, 1], of eq. 3.
-        Wg: [k, k] non-negative, k odd, sum 1 (to 1e-2).
-        size: (H, W).
-    Returns:
-        F^g [HW, HW] in [0, 1], not symmetric.
-    Gradient: to F and Wg.
+    F [HW, HW]; W^g [k, k] non-negative, k odd, sum 1 (to 1e-2); size (H, W) -> F^g [HW, HW], not symmetric.
+    Gradient: to F and W^g.
     """
-    _check_pairs("F", F)
-    odd = _is_tensor(Wg, 2) and Wg.shape[0] == Wg.shape[1] and Wg.shape[0] % 2 == 1
-    _expect(odd and Wg.dtype == F.dtype, "Wg", "a kernel [k, k] of F's type, k odd", Wg)
-    if Wg.device.type == "cpu":
-        total = Wg.sum().item() if bool((Wg >= 0).all()) else float("nan")
-        _expect(abs(total - 1) <= 1e-2, "Wg", "weights >= 0 that sum to 1", f"a sum of {total:g}")
+    _check(F=F, Wg=Wg)
+    _expect(len(Wg) % 2 == 1, "Wg", "an odd k", Wg)
     pair = isinstance(size, (tuple, list)) and len(size) == 2
     _expect(pair and size[0] * size[1] == len(F), "size", f"(H, W) with HW = {len(F)}", size)
     return _smooth(F, Wg, size)
@@ -215,15 +192,10 @@ def region_decision(Fg: Tensor, threshold: float = 0.8) -> Tensor:
 
     The paper has no threshold; without one all pixels are one region, since F^g >= 0 (R3).
 
-    Args:
-        Fg: [HW, HW] in [0, 1], of `regularize`.
-        threshold: tau in [0, 1].
-    Returns:
-        G [HW, HW] bool, symmetric.
-    Gradient: none; a decision has no slope.
+    F^g [HW, HW]; threshold, tau in [0, 1] -> G [HW, HW] bool, symmetric. Gradient: none; a decision has no slope.
     """
-    _check_pairs("Fg", Fg)
-    _check_threshold(threshold)
+    _check(Fg=Fg)
+    _check_settings(threshold=threshold)
     return (Fg + Fg.T) / 2 > threshold
 
 
@@ -232,15 +204,9 @@ def connected_regions(G: Tensor) -> Tensor:
 
     G is symmetric but not transitive, so two pixels with G_ij = 0 can share a region (R4).
 
-    Args:
-        G: [HW, HW] bool, symmetric, of `region_decision`.
-    Returns:
-        labels [HW] int64: 0..Q-1, numbered by their first pixel.
-    Gradient: none.
+    G [HW, HW] bool, symmetric -> labels [HW]: 0..Q-1, numbered by their first pixel. Gradient: none.
     """
-    _expect(_is_tensor(G, 2, torch.bool) and G.shape[0] == G.shape[1], "G", "a bool tensor [HW, HW]", G)
-    if G.device.type == "cpu":
-        _expect(torch.equal(G, G.T), "G", "a symmetric matrix", "one with G_ij != G_ji")
+    _check(G=G)
     return _components(G[None])[0]
 
 
@@ -277,15 +243,9 @@ def join_lone_pixels(labels: Tensor, Fg: Tensor) -> Tensor:
     pixels and hold "pixels near the object boundary". All lone pixels join at once; of equal attachments the
     lower region number holds. Where no region has two pixels nothing changes.
 
-    Args:
-        labels: [HW] int64, of `connected_regions`.
-        Fg: [HW, HW] in [0, 1], of eq. 4.
-    Returns:
-        labels [HW] int64: 0..Q-1, numbered by their first pixel.
-    Gradient: none.
+    labels [HW], F^g [HW, HW] -> labels [HW]: 0..Q-1, numbered by their first pixel. Gradient: none.
     """
-    _check_pairs("Fg", Fg)
-    _check_labels(labels, len(Fg))
+    _check(Fg=Fg, labels=labels)
     return _join(labels, Fg.detach())
 
 
@@ -317,15 +277,9 @@ def representative_score(Fg: Tensor, labels: Tensor) -> Tensor:
 
     The mean runs over all of R_q, i included (R5).
 
-    Args:
-        Fg: [HW, HW] in [0, 1], of eq. 4.
-        labels: [HW] int64, the regions.
-    Returns:
-        J [HW] in [0, 1].
-    Gradient: to Fg; only through J do eqs. 5-8 teach W^g, B and C.
+    F^g [HW, HW], labels [HW] -> J [HW]. Gradient: to F^g; only through J do eqs. 5-8 teach W^g, B and C.
     """
-    _check_pairs("Fg", Fg)
-    _check_labels(labels, len(Fg))
+    _check(Fg=Fg, labels=labels)
     same = labels[:, None] == labels                            # [HW, HW]
     return _unit((Fg * same).sum(1) / same.sum(1))              # [HW]  over the pixels j of i's region
 
@@ -335,17 +289,10 @@ def select_representatives(J: Tensor, labels: Tensor, K: int) -> Tensor:
 
     Smaller regions give all their pixels; ties go to the lower-numbered pixel (R6).
 
-    Args:
-        J: [HW] in [0, 1], of eq. 5.
-        labels: [HW] int64, the regions.
-        K: representatives a region, at least 1.
-    Returns:
-        reps [P] int64: pixel numbers, by region, then by falling J.
-    Gradient: none.
+    J [HW], labels [HW], K -> reps [P], by region, then by falling J. Gradient: none.
     """
-    _check_labels(labels)
-    _check_scores("J", J, "[HW]", 1, length=len(labels))
-    _check_count("K", K)
+    _check(labels=labels, J=J)
+    _check_settings(K=K)
     order = J.detach().argsort(descending=True, stable=True)    # [HW]
     order = order[labels[order].argsort(stable=True)]           # [HW]  by region, then by falling J
     size = labels.bincount()                                    # [Q]
@@ -363,17 +310,9 @@ def intra_region_collection(A: Tensor, J: Tensor, labels: Tensor, reps: Tensor) 
 
     Where every pixel of a region is a representative the sum is empty, and 0 (R7).
 
-    Args:
-        A: [HW, M] features.
-        J: [HW] in [0, 1], of eq. 5.
-        labels: [HW] int64, the regions.
-        reps: [P] int64, of `select_representatives`.
-    Returns:
-        A^l [P, M], and the weights W^l [P, HW], 0 outside their set.
-    Gradient: to A and J.
+    A [HW, M], J [HW], labels [HW], reps [P] -> A^l [P, M]; W^l [P, HW], 0 outside its set. Gradient: to A and J.
     """
-    _check_features("A", A, labels, J)
-    _check_representatives(reps, labels)
+    _check(labels=labels, A=A, J=J, reps=reps)
     JA = J[:, None] * A                                         # [HW, M]  what each pixel sends
     others = labels[reps][:, None] == labels                    # [P, HW]  of the same region,
     others[:, reps] = False                                     #          and no representatives
@@ -392,19 +331,10 @@ def inter_region_interaction(Al: Tensor, J: Tensor, labels: Tensor, reps: Tensor
     The weights are normalised for each source region s on its own and the sum over s is not divided by
     Q - 1, as printed (R8): |A^g| grows with Q.
 
-    Args:
-        Al: [P, M], of eq. 6.
-        J: [HW] in [0, 1], of eq. 5.
-        labels: [HW] int64, the regions.
-        reps: [P] int64, of `select_representatives`.
-    Returns:
-        A^g [P, M], and the weights W^g (here Wi) [P, P], 0 within a region.
+    A^l [P, M], J [HW], labels [HW], reps [P] -> A^g [P, M]; W^g (here Wi) [P, P], 0 within a region.
     Gradient: to A^l and J.
     """
-    _check_labels(labels)
-    _check_representatives(reps, labels)
-    _check_matrix("Al", Al, len(reps))
-    _check_scores("J", J, "[HW]", 1, len(labels), Al.dtype)
+    _check(labels=labels, reps=reps, Al=Al, J=J)
     JAl = J[reps][:, None] * Al                                 # [P, M]  what each representative sends
     region = labels[reps]                                       # [P]
     logits = Al @ JAl.T                                         # [P, P]  from the source r (column) to p (row)
@@ -425,19 +355,10 @@ def intra_region_distribution(A: Tensor, Ag: Tensor, J: Tensor, labels: Tensor,
               W^d_{q,k,i} = \frac{\exp(A_i (J(p_{q,k}) A^g_{q,k})^\top)}
                                  {\sum_{p_{q,j} \in \phi(R_q)} \exp(A_i (J(p_{q,j}) A^g_{q,j})^\top)}
 
-    Args:
-        A: [HW, M] features.
-        Ag: [P, M], of eq. 7.
-        J: [HW] in [0, 1], of eq. 5.
-        labels: [HW] int64, the regions.
-        reps: [P] int64, of `select_representatives`.
-    Returns:
-        O [HW, M], and the weights W^d [HW, P], 0 outside the pixel's region.
+    A [HW, M], A^g [P, M], J [HW], labels [HW], reps [P] -> O [HW, M]; W^d [HW, P], 0 outside the pixel's region.
     Gradient: to A, A^g and J.
     """
-    _check_features("A", A, labels, J)
-    _check_representatives(reps, labels)
-    _check_matrix("Ag", Ag, len(reps), A.shape[1])
+    _check(labels=labels, A=A, J=J, reps=reps, Ag=Ag)
     JAg = J[reps][:, None] * Ag                                 # [P, M]   what each representative sends
     same = labels[:, None] == labels[reps]                      # [HW, P]
     Wd = _masked_softmax(A @ JAg.T, same)                       # [HW, P]  softmax over those of its region
@@ -464,7 +385,7 @@ def construct_regions(B: Tensor, C: Tensor, Wg: Tensor, threshold: float = 0.8, 
 
     Gradient: J's to B, C and W^g.
     """
-    _check_cues(cues)
+    _check_settings(cues=cues)
     D = boundary_probability(B)                                 # [HW, HW]  eq. 1
     E = semantic_divergence(C)                                  # [HW, HW]  eq. 2
     none = torch.zeros_like(D)
@@ -505,27 +426,23 @@ class Regions(NamedTuple):
 class RCB(nn.Module):
     r"""The region construction block, eqs. 1-5: cuts each image of a batch into regions.
 
-    The same as `construct_regions`, in little memory: one [HW, HW] matrix of B's type and one of bool in the
-    forward pass, one of a byte a pair (two from 257 pixels a side on) in the backward pass; that one is kept in
-    between for small maps and on devices other than the CPU, where finding it again costs more calls than it is worth.
+    `construct_regions` of each image, in little memory: one [HW, HW] matrix of B's type and one of bool forward,
+    one of a byte a pair (two from 257 pixels a side on) backward, kept in between where calls cost more than memory.
 
-    Args:
-        kernel_size: k of W^g, odd. W^g is the softmax of k x k logits, so that F^g and J stay in [0, 1]; at
-            the start its centre weighs 0.87 (k = 3). With k = 1 there is no parameter and F^g = F.
-        threshold: tau of eq. 4.
-        cues: "both", or "boundary" (F = 1 - D) or "semantic" (F = 1 - E), as in Table 1 (R10).
-        joint: False stops the gradient of J at B and C; W^g still receives it.
-        join_lone: False leaves the bare components of G (R4b).
+    kernel_size: k of W^g, odd. W^g is the softmax of k x k logits, so that F^g and J stay in [0, 1]; at the
+        start its centre weighs 0.87 (k = 3). With k = 1 there is no parameter and F^g = F.
+    threshold: tau of eq. 4.
+    cues: "both", or "boundary" (F = 1 - D) or "semantic" (F = 1 - E), as in Table 1 (R10).
+    joint: False stops the gradient of J at B and C; W^g still receives it.
+    join_lone: False leaves the bare components of G (R4b).
     Gradient: J's to B, C and W^g (first derivatives only); labels carry none.
     """
 
     def __init__(self, kernel_size: int = 3, threshold: float = 0.8, cues: str = "both", joint: bool = True,
                  join_lone: bool = True):
         super().__init__()
-        _expect(isinstance(kernel_size, int) and kernel_size > 0 and kernel_size % 2 == 1,
-                "kernel_size", "an odd number of pixels", kernel_size)
-        _check_threshold(threshold)
-        _check_cues(cues)
+        _check_settings(kernel_size=kernel_size, threshold=threshold, cues=cues)
+        _expect(kernel_size % 2 == 1, "kernel_size", "an odd number of pixels", kernel_size)
         self.threshold, self.cues, self.joint, self.join_lone = threshold, cues, joint, join_lone
         self.logits = None
         if kernel_size > 1:
@@ -542,9 +459,7 @@ class RCB(nn.Module):
     @torch.compiler.disable     # its loops hang on the size of the map and its shapes on the data
     def forward(self, B: Tensor, C: Tensor) -> Regions:
         """B [b, H, W] in [0, 1] and C [b, N, H, W], probabilities over N, to labels and J [b, H, W]."""
-        _check_scores("B", B, "[b, H, W]", 3)
-        _check_probabilities("C", C, "[b, N, H, W]", 4)
-        _expect(C[:, 0].shape == B.shape, "C", f"the b, H, W of B, {list(B.shape)}", C)
+        _check("b ", B=B, C=C)
         with torch.autocast(B.device.type, enabled=False):
             B, C = _at_least_float32(B), _at_least_float32(C)
             if not self.joint:
@@ -558,16 +473,15 @@ class RIB(nn.Module):
 
     `exchange_context` of each image. It has no parameters.
 
-    Args:
-        representatives: K, at most so many of each region.
-        intra: False takes eqs. 6 and 8 out: A^l = J A, and A^g reaches only the representatives (R10).
-        inter: False takes eq. 7 out: A^g = J A^l (R10).
+    representatives: K, at most so many of each region.
+    intra: False takes eqs. 6 and 8 out: A^l = J A, and A^g reaches only the representatives (R10).
+    inter: False takes eq. 7 out: A^g = J A^l (R10).
     Gradient: to A and to J of the regions.
     """
 
     def __init__(self, representatives: int = 8, intra: bool = True, inter: bool = True):
         super().__init__()
-        _check_count("representatives", representatives)
+        _check_settings(representatives=representatives)
         self.representatives, self.intra, self.inter = representatives, intra, inter
 
     @torch.compiler.disable     # P, the number of representatives, is another one for every image
@@ -609,15 +523,10 @@ class RANet(nn.Module):
     small: in the first steps regions mean nothing yet (R14b). B starts at 0.05, so these steps see one region
     and no inter-region context (R13).
 
-    Args:
-        backbone: a module from images [b, 3, h, w] to features [b, in_channels, H, W]. Stride 8 in the paper.
-        in_channels: the channels of these features.
-        num_classes: N.
-        channels: M.
-        representatives, intra, inter: see `RIB`.
-        kernel_size, threshold, cues, joint, join_lone: see `RCB`.
-        dropout: the share of feature channels dropped before the classifier.
-        context: a module from A [b, M, H, W] to O [b, M, H, W] that takes the place of RCB and RIB.
+    backbone: a module from images [b, 3, h, w] to features [b, in_channels, H, W]. Stride 8 in the paper.
+    num_classes, channels: N, M. representatives, intra, inter: see `RIB`. kernel_size to join_lone: see `RCB`.
+    dropout: the share of feature channels dropped before the classifier.
+    context: a module from A [b, M, H, W] to O [b, M, H, W] that takes the place of RCB and RIB.
     """
 
     def __init__(self, backbone: nn.Module, in_channels: int, num_classes: int, channels: int = 512, *,
@@ -625,8 +534,7 @@ class RANet(nn.Module):
                  joint: bool = True, join_lone: bool = True, intra: bool = True, inter: bool = True,
                  dropout: float = 0.1, context: nn.Module | None = None):
         super().__init__()
-        for name, count in (("in_channels", in_channels), ("num_classes", num_classes), ("channels", channels)):
-            _check_count(name, count)
+        _check_settings(in_channels=in_channels, num_classes=num_classes, channels=channels)
         self.backbone = backbone
         self.reduce = nn.Sequential(
             nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
@@ -683,13 +591,11 @@ def ranet_loss(output: Output, label: Tensor, mask: Tensor, weights: tuple[float
     Each is a mean over the labelled pixels; B's, over the cells of its grid that hold a labelled pixel,
     with the mask max-pooled to that grid (R11). The paper gives no weights: they are equal (R12).
 
-    Args:
-        output: of `RANet`.
-        label: [b, h, w] int64, a class 0..N-1 or 255 for ignored.
-        mask: [b, h, w], 1 on the boundary, 0 off it, 255 for ignored.
-        weights: of the fine, coarse and boundary loss in the total.
-        counts: what to divide by, see `label_counts`; None: this batch's. With n processes that average
-            their gradients, the sum of their counts, divided by n.
+    label: [b, h, w] int64, a class 0..N-1 or 255 for ignored.
+    mask: [b, h, w], 1 on the boundary, 0 off it, 255 for ignored.
+    weights: of the fine, coarse and boundary loss in the total.
+    counts: what to divide by, see `label_counts`; None: this batch's. With n processes that average their
+        gradients, the sum of their counts, divided by n.
     Gradient: to the output's logits; to B and C also through O (R4).
     """
     N = output.fine.shape[1]
@@ -972,72 +878,57 @@ def _is_tensor(x, dims: int, dtype: torch.dtype | None = None) -> bool:
     return isinstance(x, Tensor) and x.dim() == dims and 0 not in x.shape and dtype in (None, x.dtype)
 
 
-def _check_scores(name: str, x: Tensor, shape: str, dims: int, length: int | None = None,
-                  dtype: torch.dtype | None = None) -> None:
-    _expect(_is_tensor(x, dims, dtype) and x.is_floating_point(), name, f"{_name(dtype)} scores {shape}", x)
-    _expect(length in (None, len(x)), name, f"a score for each of {length} pixels", x)
-    if x.device.type == "cpu":
-        low, high = (bound.item() for bound in x.detach().aminmax())
-        fine = low >= -1e-6 and high <= 1 + 1e-6                # what rounding may add; NaN fails
-        _expect(fine, name, "scores in [0, 1]", f"values from {low:g} to {high:g}")
+# What an equation's arguments have to be, by their names in the paper.
+SHAPES = {"B": "H W", "C": "N H W", "D": "HW HW", "E": "HW HW", "F": "HW HW", "Wg": "k k", "Fg": "HW HW", "G": "HW HW",
+          "J": "HW", "labels": "HW", "reps": "P", "A": "HW M", "Al": "P M", "Ag": "P M"}
+KINDS = {"G": torch.bool, "labels": torch.int64, "reps": torch.int64}       # the others: floating-point, of one type
 
 
-def _check_probabilities(name: str, x: Tensor, shape: str, dims: int) -> None:
-    _check_scores(name, x, shape, dims)
-    if x.device.type == "cpu":
-        sums = x.detach().sum(-3)                               # over the classes
-        worst = sums.flatten()[(sums - 1).abs().argmax()].item()
-        _expect(abs(worst - 1) <= 1e-2, name, "a sum of 1 over the classes", f"a sum of {worst:g}")
+def _check(batch: str = "", **given: Tensor) -> None:
+    """In the order given: whoever does not fit what stands before it is named."""
+    sizes, floating = {}, None
+    for name, x in given.items():
+        letters, kind = (batch + SHAPES[name]).split(), KINDS.get(name, floating)
+        shape = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
+        ok = _is_tensor(x, len(letters), kind) and (kind or x.is_floating_point())
+        ok = ok and all(sizes.setdefault(letter, n) == n for letter, n in zip(letters, x.shape))
+        _expect(ok, name, f"{_name(kind)} [{shape}]", x)
+        floating = floating if name in KINDS else x.dtype
+        if x.device.type == "cpu":
+            _check_values(name, x.detach(), given.get("labels"))
 
 
-def _check_pairs(name: str, x: Tensor) -> None:
-    _check_scores(name, x, "[HW, HW]", 2)
-    _expect(x.shape[0] == x.shape[1], name, "a square matrix [HW, HW]", x)
-
-
-def _check_matrix(name: str, x: Tensor, rows: int, columns: int | None = None) -> None:
-    _expect(_is_tensor(x, 2) and x.is_floating_point() and len(x) == rows and columns in (None, x.shape[1]),
-            name, f"floating-point [{rows}, {columns or 'M'}]", x)
-    if x.device.type == "cpu":
+def _check_values(name: str, x: Tensor, labels: Tensor | None) -> None:
+    if name in ("A", "Al", "Ag"):
         _expect(bool(x.isfinite().all()), name, "finite features", "inf or nan")
+    elif name == "G":
+        _expect(torch.equal(x, x.T), name, "a symmetric matrix", "one with G_ij != G_ji")
+    elif name == "labels":
+        low, high = int(x.min()), int(x.max())
+        ok = low == 0 and high < len(x) and bool((x.bincount() > 0).all())
+        _expect(ok, name, "regions 0..Q-1, none of them empty", f"numbers from {low} to {high}")
+    elif name == "reps":
+        low, high = int(x.min()), int(x.max())
+        _expect(0 <= low and high < len(labels), name, f"pixels 0..{len(labels) - 1}", f"numbers from {low} to {high}")
+        q = labels[x]
+        ok = bool((q.diff() >= 0).all()) and len(q.unique()) == int(labels.max()) + 1 and len(x.unique()) == len(x)
+        _expect(ok, name, "different pixels of every region, by region", x.tolist()[:9])
+    else:
+        low, high = (bound.item() for bound in x.aminmax())
+        ok = low >= -1e-6 and high <= 1 + 1e-6                  # what rounding may add; NaN fails
+        _expect(ok, name, "numbers in [0, 1]", f"some from {low:g} to {high:g}")
+    if name in ("C", "Wg"):
+        sums = x.sum(-3 if name == "C" else (0, 1)).flatten()   # over the classes; over the kernel
+        worst = sums[(sums - 1).abs().argmax()].item()
+        _expect(abs(worst - 1) <= 1e-2, name, "a sum of 1", f"a sum of {worst:g}")
 
 
-def _check_labels(labels: Tensor, length: int | None = None) -> None:
-    _expect(_is_tensor(labels, 1, torch.int64) and length in (None, len(labels)),
-            "labels", f"int64 [{length or 'HW'}]", labels)
-    if labels.device.type != "cpu":
-        return
-    low, high = int(labels.min()), int(labels.max())
-    ok = low == 0 and high < len(labels) and bool((labels.bincount() > 0).all())
-    _expect(ok, "labels", "regions 0..Q-1, none of them empty", f"numbers from {low} to {high}")
-
-
-def _check_features(name: str, A: Tensor, labels: Tensor, J: Tensor) -> None:
-    _check_labels(labels)
-    _check_matrix(name, A, len(labels))
-    _check_scores("J", J, "[HW]", 1, len(labels), A.dtype)
-
-
-def _check_representatives(reps: Tensor, labels: Tensor) -> None:
-    _expect(_is_tensor(reps, 1, torch.int64), "reps", "int64 [P]", reps)
-    if reps.device.type != "cpu":
-        return
-    inside = int(reps.min()) >= 0 and int(reps.max()) < len(labels)
-    _expect(inside, "reps", f"pixels 0..{len(labels) - 1}", f"numbers from {int(reps.min())} to {int(reps.max())}")
-    by_region = bool((labels[reps].diff() >= 0).all()) and len(labels[reps].unique()) == int(labels.max()) + 1
-    ok = by_region and len(reps.unique()) == len(reps)
-    _expect(ok, "reps", "different pixels of every region, by region", reps.tolist()[:9])
-
-
-def _check_cues(cues: str) -> None:
-    _expect(cues in ("both", "boundary", "semantic"), "cues", "'both', 'boundary' or 'semantic'", repr(cues))
-
-
-def _check_threshold(threshold: float) -> None:
-    ok = isinstance(threshold, (int, float)) and 0 <= threshold <= 1
-    _expect(ok, "threshold", "a number in [0, 1]", repr(threshold))
-
-
-def _check_count(name: str, count: int) -> None:
-    ok = isinstance(count, int) and not isinstance(count, bool) and count > 0
-    _expect(ok, name, "a positive whole number", repr(count))
+def _check_settings(**given) -> None:
+    for name, x in given.items():
+        if name == "cues":
+            ok, expected = x in ("both", "boundary", "semantic"), "'both', 'boundary' or 'semantic'"
+        elif name == "threshold":
+            ok, expected = isinstance(x, (int, float)) and 0 <= x <= 1, "a number in [0, 1]"
+        else:
+            ok, expected = isinstance(x, int) and not isinstance(x, bool) and x > 0, "a positive whole number"
+        _expect(ok, name, expected, repr(x))
