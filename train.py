@@ -162,7 +162,7 @@ class NonLocal(nn.Module):
 
 PEERS = {"none": lambda M: NoContext(), "spp": PyramidPooling, "nonlocal": NonLocal}
 RANETS = {"ranet": {}, "boundary": {"cues": "boundary"}, "semantic": {"cues": "semantic"},
-          "no-intra": {"intra": False}, "no-inter": {"inter": False}}     # (R10)
+          "no-intra": {"intra": False}, "no-inter": {"inter": False}, "no-joint": {"joint": False}}     # (R10, R4)
 
 
 def build(args, num_classes: int, weights: str = "none") -> ranet.RANet:

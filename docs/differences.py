@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Measures what the readings of differences.md change.
+"""Measures what the readings of differences.md change (R1, R3, R4b, R8, R11, R14), on label maps.
 
-    python docs/differences.py --root camvid        # R1, R3, R4b, R8, R11: on label maps
+    python docs/differences.py --root camvid
 
-B and C are made from the labels of a `folder` data set (B 0.9 on class borders and 0.05 elsewhere, C a
-softmax that is sure of the label), so that the numbers speak of the equations and not of a trained network.
+B and C are made from the labels of a `folder` data set (B 0.9 on class borders and 0.05 elsewhere, C a softmax that is
+sure of the label), so that the numbers speak of the equations and not of a trained network.
 """
 import argparse
 import itertools
@@ -25,8 +25,7 @@ SIZE = 23, 30       # where every [HW, HW] matrix of the equations is small
 
 def maps(label: Tensor, N: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """B [H, W] and C [N, H, W] of a label map [h, w]."""
-    mask = boundary_mask(label)
-    B = 0.05 + 0.85 * adaptive_max_pool2d((mask == 1).float()[None], size)[0]               # [H, W]
+    B = 0.05 + 0.85 * adaptive_max_pool2d((boundary_mask(label) == 1).float()[None], size)[0]       # [H, W]
     label = interpolate(label[None, None].float(), size, mode="nearest")[0, 0].long()       # [H, W]
     label[label == 255] = 0
     return B, (8.0 * one_hot(label, N).permute(2, 0, 1)).softmax(0)                         # [N, H, W]
@@ -34,11 +33,9 @@ def maps(label: Tensor, N: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 def without_end_points(B: Tensor) -> Tensor:
     """Eq. 1 as the released code has it: the end points do not count. [HW, HW]"""
-    n, W = B.numel(), B.shape[1]
-    pixel = torch.arange(n)
-    i, j = torch.minimum(pixel[:, None], pixel), torch.maximum(pixel[:, None], pixel)       # [HW, HW]
-    L = torch.maximum((j // W - i // W).abs(), (j % W - i % W).abs())
-    D = torch.zeros(n, n)
+    pixel, W = torch.arange(B.numel()), B.shape[1]
+    i, j = torch.minimum(pixel[:, None], pixel), torch.maximum(pixel[:, None], pixel)       # [HW, HW] each
+    L, D = torch.maximum((j // W - i // W).abs(), (j % W - i % W).abs()), torch.zeros(i.shape)
     for step in range(1, max(B.shape) - 1):
         sample = ranet._on_line(B, i, j, torch.full_like(i, step))
         D = torch.where((step < L) & (sample > D), sample, D)
@@ -55,16 +52,14 @@ def end_points_and_threshold(labels: list[Tensor], N: int) -> None:
             for threshold in (0.5, 0.65, 0.8):
                 count = ranet.connected_regions((Fg + Fg.T) / 2 > threshold).bincount()     # [Q]
                 rows.setdefault((name, threshold), []).append(((count > 20).sum(), (count == 1).sum(), len(count)))
-    print(f"\nR1, R3. Regions of {len(labels)} label maps at {SIZE[0]} x {SIZE[1]} (means), k = 3:\n")
-    print("| end points | threshold | regions of more than 20 pixels | single pixels | Q | pixels a region |")
-    print("|" + "---|" * 6)
+    print(f"\nR1, R3. Regions of {len(labels)} label maps at {SIZE[0]} x {SIZE[1]} (means), k = 3:\n\n| end points | "
+          "threshold | regions of more than 20 pixels | single pixels | Q | pixels a region |\n" + "|---" * 6 + "|")
     for (name, threshold), found in rows.items():
         large, single, Q = torch.tensor(found).float().mean(0).tolist()
         print(f"| {name} | {threshold} | {large:.1f} | {single:.0f} | {Q:.0f} | {SIZE[0] * SIZE[1] / Q:.1f} |")
 
 
-def thin_walls() -> None:
-    n = 21
+def thin_walls(n: int = 21) -> None:
     print(f"\nR1, R3. The lowest wall, in steps of 0.02, that parts a {n} x {n} map (B = 0 elsewhere, classes "
           "equal):\n\n| threshold | k | one pixel thick | two pixels thick |\n|---|---|---|---|")
     for threshold, k in itertools.product((0.5, 0.65, 0.8), (1, 3)):
@@ -79,9 +74,8 @@ def thin_walls() -> None:
 
 
 def size_of_O(labels: list[Tensor], N: int) -> None:
-    print(f"\nR8, R14. Single pixels and |O| at {SIZE[0]} x {SIZE[1]}, A = relu(noise) / 10 of 512 channels "
-          "(means over the maps):\n")
-    print("| threshold | Q | regions of a single pixel | norm of O / norm of A |\n|---|---|---|---|")
+    print(f"\nR8, R14. Single pixels and |O| at {SIZE[0]} x {SIZE[1]}, A = relu(noise) / 10 of 512 channels (means "
+          "over the maps):\n\n| threshold | Q | regions of a single pixel | norm of O / norm of A |\n|---|---|---|---|")
     for threshold in (0.3, 0.5, 0.65, 0.8, 0.9):
         rows = []
         for seed, label in enumerate(labels):
@@ -95,13 +89,10 @@ def size_of_O(labels: list[Tensor], N: int) -> None:
         print(f"| {threshold} | {Q:.0f} | {alone:.0%} | {ratio:.0f} |")
 
 
-def region_sizes(labels: list[Tensor], N: int) -> None:
-    side = 97
+def region_sizes(labels: list[Tensor], N: int, side: int = 97) -> None:
     print(f"\nR4b. Regions at {side} x {side}, k = 3, tau = 0.8 (means over {len(labels)} label maps, in brackets the "
-          "lowest and the highest of one map):\n")
-    print("| lone pixels | cues | Q | pixels a region | lone pixels, share of all | regions of more than 20 pixels | "
-          "P (K = 8) |")
-    print("|" + "---|" * 7)
+          "lowest and the highest of one map):\n\n| lone pixels | cues | Q | pixels a region | lone pixels, share of "
+          "all | regions of more than 20 pixels | P (K = 8) |\n" + "|---" * 7 + "|")
     for join, cues in itertools.product((False, True), ("both", "boundary", "semantic")):
         rows = []
         for label in labels:
@@ -130,13 +121,11 @@ def boundary_target(labels: list[Tensor]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="a data set in the layout of `folder`")
-    parser.add_argument("--images", type=int, default=24,
-                        help="how many label maps of its val split, evenly spread (half as many of each split for R4b)")
+    parser.add_argument("--images", type=int, default=24, help="label maps of val; half as many of each split for R4b")
     args = parser.parse_args()
     data = load("folder", args.root, "val")
     labels = [data[i * len(data) // args.images][1].as_subclass(Tensor) for i in range(args.images)]
-    N = len(data.classes)
-    half = max(1, args.images // 2)                             # of each split, so that all drives are there
+    N, half = len(data.classes), max(1, args.images // 2)       # half: of each split, so that all drives are there
     every = [split[i * len(split) // half][1].as_subclass(Tensor)
              for split in (load("folder", args.root, name) for name in ("train", "val", "test")) for i in range(half)]
     region_sizes(every, N)

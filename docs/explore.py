@@ -2,8 +2,7 @@
 """Writes the scenes of explore.html, and what ranet.py makes of each, with which the page compares itself.
 
     python docs/explore.py                          what ranet.py makes of the scenes that the page holds
-    python docs/explore.py NAME CHECKPOINT IMAGE    puts in or replaces a scene: what a network of train.py makes of a
-                                                    picture, or of the generated scene of that number
+    python docs/explore.py NAME CHECKPOINT IMAGE    puts in a scene: a picture, or the generated scene of that number
 """
 import json
 import sys
@@ -73,8 +72,7 @@ def decode(s: dict) -> tuple[Tensor, Tensor, Tensor]:
 
 def expected(s: dict) -> list[dict]:
     """Labels, J and O, summed over the pixels, of ranet.py for every setting."""
-    B, C, A = decode(s)
-    found = []
+    (B, C, A), found = decode(s), []
     for use in SETTINGS:
         Wg = torch.full((3, 3), (1 - use["centre"]) / 8, dtype=torch.float64)
         Wg[1, 1] = use["centre"]

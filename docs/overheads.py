@@ -4,18 +4,14 @@
     python docs/overheads.py             # the table, at 97 x 97 with 19 classes; on a GPU: --device cuda
     python docs/overheads.py --calls     # what RCB and RIB ask of a GPU, counted without one
 
-Every block takes A [1, M, H, W] to O [1, M, H, W] and stands where RCB and RIB stand in the network. In no row are the
-3x3 convolutions around it (CCNet and DANet have some of their own) and the 1x1 ones that make B and C. The peers are
-written from their papers, without batch normalisation: the batch is one image and the 1x1 maps of pyramid pooling
-have nothing to normalise by.
+Every block takes A [1, M, H, W] to O [1, M, H, W] where RCB and RIB stand. In no row are the 3x3 convolutions around it
+(CCNet and DANet have some of their own) and the 1x1 ones that make B and C. The peers are written from their papers,
+without batch normalisation: one image, and the 1x1 maps of pyramid pooling, have nothing to normalise by.
 
-Time is compared in rounds: all blocks once, then all once more; a ratio is taken within a round. Memory is the
-peak beyond module and inputs; on the CPU the resident set of a fresh process for each number (Linux only).
-Measure on an idle machine: RCB makes thousands of small calls, and each waits for the slowest thread.
+A ratio of times is taken within a round, in which every block has its turn. Memory on the CPU is the resident set of a
+fresh process for each number (Linux only). The machine must be idle: RCB makes thousands of small calls.
 """
 import argparse
-import datetime
-import math
 import os
 import re
 import resource
@@ -37,9 +33,6 @@ sys.path[:0] = [str(Path(__file__).parent.parent)]
 import ranet
 import train
 
-# ---------------------------------------------------------------------------------------------------------
-# The blocks
-# ---------------------------------------------------------------------------------------------------------
 
 class PlainNonLocal(nn.Module):
     """softmax(A A^T) A: attention between all pixels and nothing else, the unit of every ratio."""
@@ -54,21 +47,16 @@ class AsymmetricNonLocal(nn.Module):
     """Zhu et al., Asymmetric Non-local Neural Networks for Semantic Segmentation, ICCV 2019: the block APNB. One
     embedding of M / 2 channels serves query and key; keys and values are pooled to 1 + 9 + 36 + 64 = 110 positions."""
 
-    def __init__(self, M: int, bins: tuple[int, ...] = (1, 3, 6, 8)):
+    def __init__(self, M: int):
         super().__init__()
-        self.bins = bins
-        self.key, self.value = nn.Conv2d(M, M // 2, 1), nn.Conv2d(M, M // 2, 1)
-        self.out = nn.Conv2d(M // 2, M, 1)
-
-    def pool(self, x: Tensor) -> Tensor:
-        """[b, c, H, W] to its means over the bins, [b, 110, c]."""
-        return torch.cat([adaptive_avg_pool2d(x, n).flatten(2) for n in self.bins], 2).mT
+        self.key, self.value, self.out = nn.Conv2d(M, M // 2, 1), nn.Conv2d(M, M // 2, 1), nn.Conv2d(M // 2, M, 1)
 
     def forward(self, A: Tensor) -> Tensor:
         embedded = self.key(A).relu()                           # [b, M / 2, H, W]
         query = embedded.flatten(2).mT                          # [b, HW, M / 2]
-        key, value = self.pool(embedded), self.pool(self.value(A))              # [b, 110, M / 2]
-        weights = (query @ key.mT / math.sqrt(key.shape[2])).softmax(2)         # [b, HW, 110]  over the bins
+        key, value = (torch.cat([adaptive_avg_pool2d(x, n).flatten(2) for n in (1, 3, 6, 8)], 2).mT
+                      for x in (embedded, self.value(A)))       # [b, 110, M / 2] each
+        weights = (query @ key.mT / key.shape[2] ** 0.5).softmax(2)         # [b, HW, 110]  over the bins
         return self.out((weights @ value).mT.unflatten(2, A.shape[2:]))         # [b, M, H, W]
 
 
@@ -78,18 +66,15 @@ class CrissCross(nn.Module):
 
     def __init__(self, M: int, rounds: int = 2):
         super().__init__()
-        self.rounds = rounds
-        self.query, self.key = nn.Conv2d(M, M // 8, 1), nn.Conv2d(M, M // 8, 1)
-        self.value = nn.Conv2d(M, M, 1)
-        self.gamma = nn.Parameter(torch.zeros(()))
+        self.query, self.key, self.value = (nn.Conv2d(M, c, 1) for c in (M // 8, M // 8, M))
+        self.gamma, self.rounds = nn.Parameter(torch.zeros(())), rounds
 
     def forward(self, A: Tensor) -> Tensor:
         H = A.shape[2]
         for _ in range(self.rounds):
             query, key, value = self.query(A), self.key(A), self.value(A)
-            column = torch.einsum("bcyx,bczx->byxz", query, key)                # [b, H, W, H]
             itself = torch.eye(H, dtype=torch.bool, device=A.device)[:, None]   # [H, 1, H]  the row has it too
-            column = column.masked_fill(itself, -torch.inf)
+            column = torch.einsum("bcyx,bczx->byxz", query, key).masked_fill(itself, -torch.inf)        # [b, H, W, H]
             row = torch.einsum("bcyx,bcyz->byxz", query, key)                   # [b, H, W, W]
             weights = torch.cat((column, row), 3).softmax(3)    # [b, H, W, H + W]  over column and row
             column, row = weights[..., :H], weights[..., H:]
@@ -104,8 +89,7 @@ class DualAttention(nn.Module):
 
     def __init__(self, M: int):
         super().__init__()
-        self.query, self.key = nn.Conv2d(M, M // 8, 1), nn.Conv2d(M, M // 8, 1)
-        self.value = nn.Conv2d(M, M, 1)
+        self.query, self.key, self.value = (nn.Conv2d(M, c, 1) for c in (M // 8, M // 8, M))
         self.alpha, self.beta = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
 
     def position(self, A: Tensor) -> Tensor:
@@ -124,31 +108,25 @@ class DualAttention(nn.Module):
 
 class PointwiseSpatial(nn.Module):
     """Zhao et al., PSANet: Point-wise Spatial Attention Network for Scene Parsing, ECCV 2018, on an n x n map, at half
-    resolution (H, W below) as released. Each of two branches reduces A (here M to M channels) and predicts, for every
-    pixel, one score for each offset there can be: an over-complete map of (2H - 1)(2W - 1) channels, of which a pixel
-    uses the H x W offsets that stay inside the image."""
+    resolution (H, W below) as released. Each of two branches reduces A (here M to M channels) and scores, for every
+    pixel, all (2H - 1)(2W - 1) offsets there can be, of which it uses the H x W that stay inside the image."""
 
     def __init__(self, M: int, n: int):
         super().__init__()
         H = W = (n - 1) // 2 + 1
         self.reduce = nn.ModuleList(nn.Conv2d(M, M, 1, bias=False) for _ in range(2))
-        self.scores = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(M, M, 1), nn.ReLU(), nn.Conv2d(M, (2 * H - 1) * (2 * W - 1), 1, bias=False))
-            for _ in range(2))
+        self.scores = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(M, M, 1), nn.ReLU(), nn.Conv2d(M, (2 * H - 1) * (2 * W - 1), 1, bias=False)) for _ in range(2))
         self.out = nn.Conv2d(2 * M, M, 1)
         y, x = torch.arange(H * W) // W, torch.arange(H * W) % W
-        offset = (y - y[:, None] + H - 1) * (2 * W - 1) + x - x[:, None] + W - 1
-        self.register_buffer("offset", offset)                  # [HW, HW]  the channel for the way from i to j
-
-    def mask(self, scores: Tensor) -> Tensor:
-        """The over-complete map [b, (2H - 1)(2W - 1), H, W] to each pixel i's scores of all j, [b, HW, HW]."""
-        return scores.flatten(2).mT.gather(2, self.offset.expand(len(scores), -1, -1))
+        self.register_buffer("offset", (y - y[:, None] + H - 1) * (2 * W - 1) + x - x[:, None] + W - 1)    # from i to j
 
     def forward(self, A: Tensor) -> Tensor:
         size = [(side - 1) // 2 + 1 for side in A.shape[2:]]
         half = [interpolate(reduce(A).relu(), size, mode="bilinear", align_corners=True)
                 for reduce in self.reduce]                      # two [b, M, H, W]
-        collect, distribute = (self.mask(scores(x)) for scores, x in zip(self.scores, half))    # [b, HW, HW]
+        collect, distribute = (scores(x).flatten(2).mT.gather(2, self.offset.expand(len(A), -1, -1))
+                               for scores, x in zip(self.scores, half))         # [b, HW, HW] each, of i for j
         collect = collect.softmax(2)                            # softmax over the pixels j that i collects from
         distribute = distribute.softmax(1)                      # softmax over the pixels i that distribute to j
         O = torch.cat((half[0].flatten(2) @ collect.mT, half[1].flatten(2) @ distribute), 1)    # [b, 2M, HW]
@@ -157,8 +135,6 @@ class PointwiseSpatial(nn.Module):
 
 
 class RegionAttention(nn.Module):
-    """RCB and RIB: K = 8, k = 3."""
-
     def __init__(self):
         super().__init__()
         self.rcb, self.rib = ranet.RCB(), ranet.RIB()
@@ -167,7 +143,7 @@ class RegionAttention(nn.Module):
         return self.rib(A, self.rcb(B, C))                      # [b, M, H, W]
 
 
-# name: what its row is called, what the row includes, the module for (M, n)
+# name: (what its row is called, what the row includes, the module for M channels and n x n pixels)
 BLOCKS = {
     "plain": ("softmax(A A^T) A", "two products of matrices", lambda M, n: PlainNonLocal()),
     "pyramid": ("pyramid pooling", "4 poolings, 4 1x1 convolutions", lambda M, n: train.PyramidPooling(M)),
@@ -187,20 +163,16 @@ def scene(kind: str, n: int, N: int) -> tuple[Tensor, Tensor]:
     """B [1, n, n] and C [1, N, n, n] as a trained network might give them: classes certain, boundaries 0.9."""
     at = torch.arange(n)
     row = k = at * 5 // n if kind == "objects" else torch.zeros_like(at)        # [n]  of equal class
+    B = torch.full((n, n), 0.9 if kind == "pixels" else 0.05)   # [n, n]
     if kind == "objects":
-        B = torch.full((n, n), 0.05)                            # [n, n]
         edge = (k[1:] != k[:-1]).nonzero()[:, 0]
         B[edge] = B[edge + 1] = B[:, edge] = B[:, edge + 1] = 0.9       # both sides of each border
     elif kind == "pairs":                                       # two pixels, and a wall that joins them
         row, k = at // 2, at // 3
-        wall = (at % 3 == 2) | (at[:, None] % 2 == 1)
-        B = torch.where(wall, 0.9, 0.05)                        # [n, n]
-    else:
-        B = torch.full((n, n), 0.05 if kind == "one" else 0.9)  # [n, n]
+        B[(at % 3 == 2) | (at[:, None] % 2 == 1)] = 0.9
     classes = torch.randint(N, (int(row[-1]) + 1, int(k[-1]) + 1))[row][:, k]   # [n, n]
-    logits = 8.0 * one_hot(classes, N) + 0.3 * torch.randn(n, n, N)                 # [n, n, N]
-    B = (B + 0.01 * torch.randn(n, n)).clamp(0, 1)
-    return B[None], logits.softmax(2).permute(2, 0, 1)[None]    # softmax over the classes
+    C = (8.0 * one_hot(classes, N) + 0.3 * torch.randn(n, n, N)).softmax(2)     # [n, n, N]  softmax over the classes
+    return (B + 0.01 * torch.randn(n, n)).clamp(0, 1)[None], C.permute(2, 0, 1)[None]
 
 
 def make(name: str, n: int, M: int, N: int, device: str) -> tuple[nn.Module, list[Tensor], Tensor]:
@@ -227,10 +199,6 @@ def step(name: str, n: int, M: int, N: int, device: str, backward: bool) -> Call
     return call
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Time, memory, operations
-# ---------------------------------------------------------------------------------------------------------
-
 def times(cases: list[tuple], rounds: int, device: str) -> dict[tuple, list[list[float]]]:
     """Seconds of each (name, n, M, N), [forward, forward + backward], a list over the rounds each."""
     for name, n, M, N in cases:                                 # the first call of everything is slow
@@ -247,8 +215,7 @@ def times(cases: list[tuple], rounds: int, device: str) -> dict[tuple, list[list
 
 
 def peak(name: str, n: int, M: int, N: int, device: str, backward: bool) -> str:
-    """MiB beyond module and inputs. On the CPU in a process of its own, whose allocator gives back every
-    block of 1 MiB or more at once; "-" where memory runs out, or the system does not tell."""
+    """MiB beyond module and inputs, "-" if unknown. On the CPU in a process that gives blocks of 1 MiB back at once."""
     if device == "cuda":
         try:
             step(name, 9, M, N, device, backward)()             # the libraries' own work space
@@ -269,12 +236,12 @@ def peak(name: str, n: int, M: int, N: int, device: str, backward: bool) -> str:
     return "-" if done.returncode else f"{int(done.stdout) / 2 ** 20:,.0f}"
 
 
-def in_proc(file: str, key: str) -> int:
-    return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc", file).read_text())[1])
-
-
 def child(name: str, n: int, M: int, N: int, backward: bool) -> None:
     """Prints the bytes of `peak`. Running out of memory must end this process and no other."""
+
+    def in_proc(file: str, key: str) -> int:
+        return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc", file).read_text())[1])
+
     step(name, 9, 16, N, "cpu", backward)()                     # torch's own work space and threads
     resource.setrlimit(resource.RLIMIT_DATA, (in_proc("meminfo", "MemAvailable"), resource.RLIM_INFINITY))
     call = step(name, n, M, N, "cpu", backward)
@@ -298,26 +265,19 @@ def operations(n: int, N: int, k: int = 3) -> int:
             + 2 * pixels ** 2)                                  # eq. 5
 
 
+@torch.no_grad()
 def count(name: str, n: int, M: int, N: int, device: str) -> tuple[int, int, str]:
     """Parameters, operations of a forward pass, and what the row includes."""
     block, inputs, _ = make(name, n, M, N, device)
-    words, flops = BLOCKS[name][1], 0
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        if name in SCENES:
-            A, B, C = inputs
-            regions = block.rcb(B, C)
-            block.rib(A, regions)
-            size = regions.labels.flatten().bincount()          # [Q]
-            words += f"; regions: {len(size):,}, representatives: {int(size.clamp_max(8).sum()):,}"
-            flops = operations(n, N)
-        else:
-            block(*inputs)
-    return sum(p.numel() for p in block.parameters()), counter.get_total_flops() + flops, words
+    with FlopCounterMode(display=False) as counter:
+        block(*inputs)
+    flops, words = counter.get_total_flops(), BLOCKS[name][1]
+    if name in SCENES:
+        size = block.rcb(*inputs[1:]).labels.flatten().bincount()       # [Q]
+        words += f"; regions: {len(size):,}, representatives: {int(size.clamp_max(8).sum()):,}"
+        flops += operations(n, N)
+    return sum(p.numel() for p in block.parameters()), flops, words
 
-
-# ---------------------------------------------------------------------------------------------------------
-# The two reports
-# ---------------------------------------------------------------------------------------------------------
 
 def table(head: str, rows: list[list]) -> str:
     lines = [head.split(" | "), ["---"] + ["---:"] * head.count("|"), *rows]
@@ -327,8 +287,7 @@ def table(head: str, rows: list[list]) -> str:
 def compare(n: int, M: int, N: int, rounds: int, device: str) -> None:
     memory = {name: [peak(name, n, M, N, device, backward) for backward in (False, True)] for name in BLOCKS}
     seconds = times([(name, n, M, N) for name in BLOCKS], rounds, device)
-    unit = seconds["plain", n, M, N]
-    rows = []
+    unit, rows = seconds["plain", n, M, N], []
     for case, own in seconds.items():
         parameters, flops, words = count(*case, device)
         ratios = [f"{statistics.median(a / b for a, b in zip(*pair)):.2f}" for pair in zip(own, unit)]
@@ -358,8 +317,7 @@ class Calls(TorchDispatchMode):
 
 
 def calls(n: int, M: int, N: int) -> None:
-    rows = []
-    quiet = {name: lambda *args, **options: None for name in vars(ranet) if name.startswith("_check_")}
+    rows, quiet = [], {name: lambda *args, **options: None for name in vars(ranet) if name.startswith("_check_")}
     with mock.patch.multiple(ranet, _few_calls=lambda B: True, _numbers=lambda x: 2 ** 27, **quiet):     # as on a GPU
         for kind in ("objects", "one"):
             block, (A, B, C), dO = make(kind, n, M, N, "cpu")
@@ -387,12 +345,11 @@ def main() -> None:
     if args.child:
         return child(args.child[0], *map(int, args.child[1:4]), args.child[4] == "1")
     chip = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
-    print(f"{datetime.date.today()}, torch {torch.__version__}, {chip}\n")
-    case = args.size, 512, args.classes
+    print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {chip}\n")
     if args.calls:
-        calls(*case)
+        calls(args.size, 512, args.classes)
     else:
-        compare(*case, args.rounds, args.device)
+        compare(args.size, 512, args.classes, args.rounds, args.device)
 
 
 if __name__ == "__main__":

@@ -92,12 +92,6 @@ def heat(x: Tensor) -> Tensor:
     return torch.lerp(SCALE[low], SCALE[low + 1], (place - low)[..., None]).round().byte().permute(2, 0, 1)
 
 
-def over(image: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
-    """Weights [H, W] where chosen [H, W] is True, the highest yellow; elsewhere the image, faded. [3, SIDE, SIDE]."""
-    faded = (153 + 0.4 * rgb_to_grayscale(tile(image), 3)).byte()
-    return torch.where(tile(chosen[None]), tile(heat(weight / weight.max().clamp_min(1e-30))), faded)
-
-
 def sheet(rows: list[dict[str, Tensor]], W: int = 0, marks: list[int] = ()) -> Image.Image:
     """Rows of tiles with their titles; in row y a red frame around pixel marks[y] of the W x W map."""
     n, tiles, titles = len(rows[0]), [tile(x) for row in rows for x in row.values()], [x for row in rows for x in row]
@@ -113,30 +107,30 @@ def sheet(rows: list[dict[str, Tensor]], W: int = 0, marks: list[int] = ()) -> I
 
 def attention(image: Tensor, maps: SimpleNamespace, pixels: list[int], palette: list) -> Image.Image:
     """Figure 2: from B and C to the region of a pixel, a row for each of `pixels`. Of D to G its row, as a map."""
-    rows = []
+    rows, first = [], {"image": image, "B": heat(maps.B), "C, the likeliest class": colorize(maps.C.argmax(0), palette)}
     for i in pixels:
         region = maps.labels == maps.labels[i]                  # [HW]
         own = {"D, eq. 1": maps.D[i], "E, eq. 2": maps.E[i], "F, eq. 3": maps.F[i], "F^g, eq. 4": maps.Fg[i],
                "G, eq. 4": maps.G[i], f"its region: {region.sum()} pixels": region}
-        rows.append({"image": image, "B": heat(maps.B), "C, the likeliest class": colorize(maps.C.argmax(0), palette),
-                     **{title: heat(x.view(maps.B.shape)) for title, x in own.items()}})
+        rows.append(first | {title: heat(x.view(maps.B.shape)) for title, x in own.items()})
     return sheet(rows, maps.B.shape[1], pixels)
 
 
 def weights(image: Tensor, maps: SimpleNamespace, chosen: list[int], K: int) -> Image.Image:
     """Eqs. 6-8 for some representatives, given as places in maps.reps: what each weighs, and how it is weighed."""
     size, regions, rows = maps.B.shape, maps.labels[maps.reps], []
+    faded = (153 + 0.4 * rgb_to_grayscale(tile(image), 3)).byte()       # [3, SIDE, SIDE]  where nothing is weighed
     for p in chosen:
         inside = maps.labels == regions[p]                      # [HW]
         others, senders, heard = inside.clone(), torch.zeros_like(inside), torch.zeros_like(maps.J)     # [HW] each
         others[maps.reps], senders[maps.reps], heard[maps.reps] = False, regions != regions[p], maps.Wi[p]
-        parts = {"W^l, eq. 6": (others, maps.Wl[p]), "W^g, eq. 7": (senders, heard),
-                 "W^d, eq. 8": (inside, maps.Wd[:, p])}
-        rows.append({"image": image, f"its region: {inside.sum()} pixels":
-                     evaluate.draw_regions(maps.labels.view(size), maps.J.view(size), K),
-                     **{f"{title}: {weight.max():.2g} of {among.sum()}":
-                        over(image, among.view(size), weight.view(size)) for title, (among, weight) in parts.items()},
-                     f"J, eq. 5: {maps.J[maps.reps[p]]:.2f} here": heat(maps.J.view(size))})
+        row = {"image": image, f"its region: {inside.sum()} pixels":
+               evaluate.draw_regions(maps.labels.view(size), maps.J.view(size), K)}
+        for title, among, weight in (("W^l, eq. 6", others, maps.Wl[p]), ("W^g, eq. 7", senders, heard),
+                                     ("W^d, eq. 8", inside, maps.Wd[:, p])):
+            colours = tile(heat((weight / weight.max().clamp_min(1e-30)).view(size)))       # the highest is yellow
+            row[f"{title}: {weight.max():.2g} of {among.sum()}"] = colours.where(tile(among.view(1, *size)), faded)
+        rows.append(row | {f"J, eq. 5: {maps.J[maps.reps[p]]:.2f} here": heat(maps.J.view(size))})
     return sheet(rows, size[1], maps.reps[chosen].tolist())
 
 

@@ -6,16 +6,16 @@ import sys
 import overheads
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention as attend
 
 torch.set_num_threads(1)
 close = torch.testing.assert_close
 
 
-def open_gates(block):
-    """In float64; a gate that starts at 0 hides what is behind it."""
-    for name, x in block.named_parameters():
-        if name in ("alpha", "beta", "gamma"):
-            x.data.fill_(0.5)
+def in_float64(block):
+    """With its gates, the scalars, open: one that starts at 0 hides what is behind it."""
+    for gate in (x for x in block.parameters() if x.dim() == 0):
+        gate.data.fill_(0.5)
     return block.double()
 
 
@@ -24,16 +24,15 @@ def features(M, H, W):
     return torch.randn(1, M, H, W, dtype=torch.float64, requires_grad=True)
 
 
-def attend(query, keys, values):
-    """The values, weighted by a softmax over the products of their keys with the query."""
-    weights = torch.stack([(query * key).sum() for key in keys]).softmax(0)
-    return sum(weight * value for weight, value in zip(weights, values))
+def rows(x):
+    """[1, M, H, W] to [1, HW, M], a pixel a row."""
+    return x.flatten(2).mT
 
 
 @pytest.mark.parametrize("name", overheads.BLOCKS)
 def test_shape_and_gradients(name):
     block, inputs, dO = overheads.make(name, 8, 16, 5, "cpu")
-    block, inputs = open_gates(block), [x.detach().double().requires_grad_() for x in inputs]
+    block, inputs = in_float64(block), [x.detach().double().requires_grad_() for x in inputs]
     O = block(*inputs)
     assert O.shape == dO.shape == inputs[0].shape
     O.backward(dO)
@@ -43,52 +42,43 @@ def test_shape_and_gradients(name):
 
 
 def test_attention_to_all_pixels_and_to_all_channels():
-    A, dual = features(16, 2, 3), open_gates(overheads.DualAttention(16))
-    close(overheads.DualAttention(16).double()(A), 2 * A)       # its gates start at 0
-    channels, pixels = A[0].flatten(1), A[0].flatten(1).T
-    query, key, value = (f(A)[0].flatten(1).T for f in (dual.query, dual.key, dual.value))
-    for i in range(6):
-        close(overheads.PlainNonLocal()(A).flatten(2)[0, :, i], attend(pixels[i], pixels, pixels))
-        close(dual.position(A).flatten(2)[0, :, i], 0.5 * attend(query[i], key, value) + pixels[i])
-    for m in range(16):
-        close(dual.channel(A).flatten(2)[0, m], 0.5 * attend(channels[m], channels, channels) + channels[m])
+    A, dual = features(16, 2, 3), overheads.DualAttention(16).double()
+    close(dual(A), 2 * A)                                       # its gates start at 0
+    X, (query, key, value) = rows(A), (rows(f(A)) for f in (dual.query, dual.key, dual.value))
+    close(rows(overheads.PlainNonLocal()(A)), attend(X, X, X, scale=1))
+    close(rows(in_float64(dual).position(A)), 0.5 * attend(query, key, value, scale=1) + X)
+    close(rows(dual.channel(A)), 0.5 * attend(X.mT, X.mT, X.mT, scale=1).mT + X)
 
 
 def test_criss_cross_collects_row_and_column_once_then_everything():
-    A = features(16, 3, 4)
-    close(overheads.CrissCross(16).double()(A), A)              # its gate starts at 0
-    block = open_gates(overheads.CrissCross(16, rounds=1))
-    query, key, value = block.query(A)[0], block.key(A)[0], block.value(A)[0]
-    for y, x in itertools.product(range(3), range(4)):
-        seen = sorted({(y, w) for w in range(4)} | {(h, x) for h in range(3)})
-        keys, values = ([each[:, h, w] for h, w in seen] for each in (key, value))
-        close(block(A)[0, :, y, x], 0.5 * attend(query[:, y, x], keys, values) + A[0, :, y, x])
-    block.rounds = 2
-    assert torch.autograd.grad(block(A)[0, :, 2, 1].square().sum(), A)[0].abs().amax(1).all()
+    A, block = features(16, 3, 4), overheads.CrissCross(16).double()
+    close(block(A), A)                                          # its gate starts at 0
+    assert torch.autograd.grad(in_float64(block)(A)[0, :, 2, 1].square().sum(), A)[0].abs().amax(1).all()
+    block.rounds = 1
+    y, x = torch.arange(12) // 4, torch.arange(12) % 4
+    cross = (y == y[:, None]) | (x == x[:, None])               # [HW, HW]
+    O = attend(rows(block.query(A)), rows(block.key(A)), rows(block.value(A)), cross, scale=1)
+    close(rows(block(A)), 0.5 * O + rows(A))
 
 
 def test_asymmetric_non_local_attends_to_110_pooled_positions():
     A, block = features(16, 24, 24), overheads.AsymmetricNonLocal(16).double()
-    key, value = block.key(A).relu()[0], block.value(A)[0]
+    key, value = block.key(A).relu(), block.value(A)
     bins = [(..., slice(y * 24 // n, (y + 1) * 24 // n), slice(x * 24 // n, (x + 1) * 24 // n))
             for n in (1, 3, 6, 8) for y in range(n) for x in range(n)]
-    keys, values = ([each[b].mean((1, 2)) for b in bins] for each in (key, value))      # 110 of [M / 2]
-    for y, x in ((0, 0), (7, 20), (23, 23)):
-        O = attend(key[:, y, x] / 8 ** 0.5, keys, values)
-        close(block(A)[0, :, y, x], block.out(O[None, :, None, None])[0, :, 0, 0])
+    keys, values = (torch.stack([each[b].mean((2, 3)) for b in bins], 1) for each in (key, value))  # [1, 110, M / 2]
+    close(block(A), block.out(attend(rows(key), keys, values).mT.unflatten(2, (24, 24))))
 
 
 def test_psa_collects_and_distributes_at_half_resolution():
     A, block = features(4, 5, 5), overheads.PointwiseSpatial(4, 5).double()
-    half = [f(A).relu()[0, :, ::2, ::2] for f in block.reduce]  # corners aligned: every second pixel, 3 x 3
+    half = [f(A).relu()[..., ::2, ::2] for f in block.reduce]   # corners aligned: every second pixel, 3 x 3
     pixels, masks = list(itertools.product(range(3), range(3))), []     # [HW, HW] each: what pixel i says of pixel j
     for f, x in zip(block.scores, half):
-        score = f(x[None])[0].view(5, 5, 3, 3)                  # [dy + 2, dx + 2, y, x]
+        score = f(x)[0].view(5, 5, 3, 3)                        # [dy + 2, dx + 2, y, x]
         masks.append(torch.stack([score[v - y + 2, u - x + 2, y, x] for y, x in pixels for v, u in pixels]).view(9, 9))
-    X, Y = (x.flatten(1) for x in half)                         # [M, HW]
-    O = [torch.cat((sum(masks[0][i].softmax(0)[j] * X[:, j] for j in range(9)),
-                    sum(masks[1][:, i].softmax(0)[j] * Y[:, j] for j in range(9)))) for i in range(9)]
-    close(block(A)[..., ::2, ::2], block.out(torch.stack(O, 1).view(1, 8, 3, 3)).relu())
+    O = torch.cat((masks[0].softmax(1) @ rows(half[0]), masks[1].softmax(0).T @ rows(half[1])), 2)     # [1, HW, 2M]
+    close(block(A)[..., ::2, ::2], block.out(O.mT.unflatten(2, (3, 3))).relu())
 
 
 def test_counts_by_hand():
@@ -100,7 +90,7 @@ def test_counts_by_hand():
         flops += (i <= j) * (4 * N + 3 + 3)                     # eqs. 2 and 3; the decision of eq. 4
     assert overheads.operations(n, N) == flops
     assert overheads.count("plain", 5, 16, N, "cpu")[:2] == (0, 2 * 2 * 25 * 25 * 16)
-    parameters, more, words = overheads.count("one", 5, 16, N, "cpu")
+    parameters, more, words = overheads.count("one", 5, 1, N, "cpu")
     assert parameters == 9 and more > flops and words.endswith("regions: 1, representatives: 8")
 
 

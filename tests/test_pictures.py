@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """docs/pictures.py: do the tiles show the numbers of ranet.py, and is each in its place?"""
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pictures
 import pytest
@@ -21,7 +21,7 @@ FLAGS = "--steps", "2", "--crop", "40", "--batch", "4", "--workers", "0"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two steps of training: the states of the network at 0, 1, 2, the checkpoint, and the picture of another run."""
+    """Two steps of training: the checkpoint, the states of the network at 0, 1, 2, and the picture of another run."""
     folder, states, build, save = tmp_path_factory.mktemp("run"), [], train.build, train.save
 
     def watched(*args):
@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
         patch.setattr(train, "build", watched)
         patch.setattr(train, "save", watched)
         train.main(["--out", str(folder), *FLAGS])
-    return picture, states, folder / "last.pt"
+    return folder / "last.pt", states, picture
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,12 @@ def drawn():
     torch.manual_seed(0)
     model = train.build(train.parse([]), 7).eval()
     model.reduce[1].weight.data *= 60                           # otherwise all features and weights are nearly equal
-    image, label = data.load("shapes", split="val")[9]
-    edges = ranet.pool_boundary(data.boundary_mask(label)[None], (18, 18))[0]   # [1, 18, 18]
-    classes = torch.nn.functional.one_hot(label[2::4, 2::4].long(), 7).permute(2, 0, 1)     # [7, 18, 18]
-    B, C = 8 * edges - 4 + 0.3 * torch.randn(1, 18, 18), 5 * classes + 0.3 * torch.randn(7, 18, 18)
-    model.boundary.forward, model.semantic.forward = lambda A: B[None], lambda A: C[None]   # for every image
     model.rcb.logits.data[0, 1] = 2                             # W^g has a direction
+    image, label = data.load("shapes", split="val")[9]
+    classes = torch.nn.functional.one_hot(label[2::4, 2::4].long(), 7).permute(2, 0, 1)     # [7, 18, 18]
+    B = 8 * ranet.pool_boundary(data.boundary_mask(label)[None], (18, 18))[0] - 4 + 0.3 * torch.randn(1, 1, 18, 18)
+    C = 5 * classes + 0.3 * torch.randn(1, 7, 18, 18)
+    model.boundary.forward, model.semantic.forward = lambda A: B, lambda A: C   # for every image
     return model, image.as_subclass(torch.Tensor), pictures.equations(model, image)
 
 
@@ -59,70 +59,57 @@ def cut(picture, row, column):
     return pil_to_tensor(picture.crop((left, top, left + SIDE, top + SIDE)))        # [3, SIDE, SIDE]
 
 
-def shows(tile, want, mark):
-    """Is every pixel of the map of the wanted colour [3, 18, 18], all of it, but those by the frame around `mark`?"""
-    cells = tile.unflatten(1, (18, 8)).unflatten(3, (18, 8))    # [3, 18, 8, 18, 8]
-    same = (cells == want[:, :, None, :, None]).all(0).all(3).all(1)        # [18, 18]
-    y, x = (torch.arange(18) - at for at in divmod(mark, 18))
-    return same[(y.abs()[:, None] > 1) | (x.abs() > 1)].all()
+def check(picture, row, wanted, mark):
+    """The last tiles of a row are these pictures and maps, but for a red frame around the pixel `mark` of 18 x 18."""
+    at = torch.tensor([mark // 18, mark % 18]) * 8
+    for column, want in enumerate(wanted, picture.width // (SIDE + GAP) - len(wanted)):
+        tile = cut(picture, row, column)
+        red = (tile == torch.tensor([255, 0, 0])[:, None, None]).all(0)
+        assert (red | (tile == pictures.tile(want)).all(0)).all(), column
+        assert torch.equal(torch.stack(red.nonzero().aminmax(dim=0)), torch.stack((at - 2, at + 10)).clamp(0, SIDE - 1))
 
 
-def test_maps_are_those_of_the_network(drawn):
-    model, image, maps = drawn
-    seen = []
-    with torch.inference_mode(), model.rib.register_forward_hook(lambda _, given, O: seen.extend((given[1], O))):
-        model(data.normalize(image)[None])
-    regions, O = seen
-    assert (maps.labels.bincount() > 8).sum() >= 2 and maps.Wl.max() > 0.1      # a case with something to see
+def test_maps_are_those_of_the_network_and_the_largest_regions_come_first(drawn):
+    (model, image, maps), seen = drawn, []
+    with torch.inference_mode(), model.rib.register_forward_hook(lambda _rib, _given, O: seen.append(O)):
+        regions = model(data.normalize(image)[None]).regions
     assert torch.equal(maps.labels, regions.labels.flatten())
     torch.testing.assert_close(maps.J, regions.J.flatten())
-    torch.testing.assert_close(maps.O, O[0].flatten(1).T, rtol=1e-4, atol=1e-4)
-
-
-def test_attention_shows_the_rows_of_the_matrices_and_frames_the_pixel(drawn):
-    _model, image, maps = drawn
-    picture = pictures.attention(image, maps, [100, 200, 300], data.Shapes.palette)
-    assert picture.width <= 1400
-    for row, i in enumerate((100, 200, 300)):
-        shown = [maps.D[i], maps.E[i], maps.F[i], maps.Fg[i], maps.G[i], maps.labels == maps.labels[i]]
-        colours = [heat(x.view(18, 18)) for x in (maps.B, *shown)]
-        colours.insert(1, data.colorize(maps.C.argmax(0), data.Shapes.palette))
-        assert all(shows(cut(picture, row, column), want, i) for column, want in enumerate(colours, 1))
-        red = (cut(picture, row, 6) == torch.tensor([255, 0, 0])[:, None, None]).all(0).nonzero().float().mean(0)
-        assert ((red - torch.tensor([i // 18 * 8 + 4, i % 18 * 8 + 4])).abs() < 1).all()
-
-
-def test_weights_show_the_weights_and_fade_what_has_none(drawn):
-    _model, image, maps = drawn
-    p = int(pictures.largest(maps, 1)[0][1])
-    i, inside = int(maps.reps[p]), maps.labels == maps.labels[maps.reps[p]]
-    picture = pictures.weights(image, maps, [p], 8)
-    rep = torch.zeros_like(inside).index_fill(0, maps.reps, True)
-    heard = torch.zeros_like(maps.J).index_copy(0, maps.reps, maps.Wi[p])
-    grey = (0.4 * pictures.rgb_to_grayscale(pictures.tile(image)) + 153).byte().expand(3, -1, -1)
-    shown = (inside & ~rep, maps.Wl[p]), (rep & ~inside, heard), (inside, maps.Wd[:, p])
-    for column, (among, weight) in enumerate(shown, 2):
-        assert among.any() and not weight[~among].any()
-        among, tile, want = among.view(18, 18), cut(picture, 0, column), heat((weight / weight.max()).view(18, 18))
-        assert shows(tile.where(pictures.tile(among[None]), tile.new_zeros(1)), want * among, i)
-        faded = (tile == grey).all(0) | pictures.tile(among[None])[0]
-        assert (~faded).sum() <= 12 * 12                        # of the red frame
-    assert shows(cut(picture, 0, 5), heat(maps.J.view(18, 18)), i)
-
-
-def test_largest_regions_and_their_representatives(drawn):
-    maps = drawn[2]
+    torch.testing.assert_close(maps.O, seen[0][0].flatten(1).T, rtol=1e-4, atol=1e-4)
     sizes = sorted(maps.labels.bincount().tolist(), reverse=True)
+    assert sizes[1] > 8 and maps.Wl.max() > 0.1                 # a case with something to see
     for places, size in zip(pictures.largest(maps, 3), sizes[:3], strict=True):
         J, region = maps.J[maps.reps[places]], maps.labels[maps.reps[places]]
         assert len(region.unique()) == 1 and (maps.labels == region[0]).sum() == size and len(places) == min(8, size)
         assert (J.diff() <= 0).all() and J[0] == maps.J[maps.labels == region[0]].max()
 
 
+def test_attention_shows_the_rows_of_the_matrices_and_frames_the_pixel(drawn):
+    _model, image, maps = drawn
+    picture = pictures.attention(image, maps, [100, 200, 300], data.Shapes.palette)
+    for row, i in enumerate((100, 200, 300)):
+        shown = maps.D[i], maps.E[i], maps.F[i], maps.Fg[i], maps.G[i], maps.labels == maps.labels[i]
+        check(picture, row, [image, heat(maps.B), data.colorize(maps.C.argmax(0), data.Shapes.palette),
+                             *(heat(x.view(18, 18)) for x in shown)], i)
+
+
+def test_weights_show_the_weights_and_fade_what_has_none(drawn):
+    _model, image, maps = drawn
+    p = int(pictures.largest(maps, 1)[0][1])
+    inside, rep = maps.labels == maps.labels[maps.reps[p]], torch.zeros(324, dtype=torch.bool)
+    rep[maps.reps] = True
+    heard = torch.zeros(324).index_copy(0, maps.reps, maps.Wi[p])
+    grey, wanted = (0.4 * pictures.rgb_to_grayscale(pictures.tile(image)) + 153).byte(), []
+    for among, weight in (inside & ~rep, maps.Wl[p]), (rep & ~inside, heard), (inside, maps.Wd[:, p]):
+        assert among.any() and not weight[~among].any()
+        colours = pictures.tile(heat((weight / weight.max()).view(18, 18)))
+        wanted.append(colours.where(pictures.tile(among.view(1, 18, 18)), grey))
+    check(pictures.weights(image, maps, [p], 8), 0, [*wanted, heat(maps.J.view(18, 18))], int(maps.reps[p]))
+
+
 def test_growth_draws_each_step_with_the_weights_it_had(trained):
-    picture, states, path = trained
-    args = SimpleNamespace(**evaluate.read(path)["args"])
-    model, seen = train.build(args, 7).eval(), set()
+    path, states, picture = trained
+    (model, args, _checkpoint), seen = pictures.network(path), set()
     for row, scene in enumerate((0, 2)):
         image = data.Shapes("val")[scene][0][:, 16:56, 16:56]   # the middle 40 of 72
         assert torch.equal(cut(picture, row, 0), pictures.tile(image.as_subclass(torch.Tensor)))
@@ -141,23 +128,23 @@ def run(monkeypatch, *given):
 
 
 def test_the_command_writes_the_pictures(trained, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, trained[2], 2, "--out", tmp_path / "new")
+    run(monkeypatch, trained[0], 2, "--out", tmp_path / "new")
     assert capsys.readouterr().out.split() == [str(tmp_path / "new" / f"{x}.png") for x in ("attention", "weights")]
     for name, columns in (("attention", 9), ("weights", 6)):
         assert Image.open(tmp_path / "new" / f"{name}.png").width == GAP + columns * (SIDE + GAP)
 
 
 @pytest.mark.parametrize("given, words", [
-    (["growths"], "expected growth"), (["none.pt", "9"], "no such file"), (["LAST", "200"], "scene 200 of 200"),
-    (["LAST", "none.jpg"], "none.jpg"), (["ALONE", "9"], "--context no-inter")])
-def test_mistakes_are_named(given, words, trained, tmp_path, monkeypatch):
-    checkpoint = evaluate.read(trained[2])
+    ("growths", "expected growth"), ("none.pt 9", "no such file"), ("last.pt 200", "scene 200 of 200"),
+    ("last.pt none.jpg", "none.jpg"), ("alone.pt 9", "--context no-inter")])
+def test_mistakes_are_named(given, words, trained, monkeypatch):
+    monkeypatch.chdir(trained[0].parent)
+    checkpoint = evaluate.read("last.pt")
     checkpoint["args"]["context"] = "no-inter"
-    torch.save(checkpoint, tmp_path / "alone.pt")
-    given = [{"LAST": trained[2], "ALONE": tmp_path / "alone.pt"}.get(x, x) for x in given]
+    torch.save(checkpoint, "alone.pt")
     with pytest.raises(SystemExit, match=words):
-        run(monkeypatch, *given, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        run(monkeypatch, *given.split(), "--out", "new")
+    assert not Path("new").exists()
 
 
 def test_drawings_show_the_equations(tmp_path, monkeypatch):
