@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import data
@@ -125,10 +124,13 @@ def test_predictions_are_ids_with_colours_and_replace_only_predictions(trained, 
     root, checkpoint = trained
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    for name in "ab":
-        Image.new("RGB", (24, 20), (90, 30, 10)).save(pictures / f"{name}.jpg")
+    for name, mode in (("a", "RGB"), ("b", "L")):
+        Image.new(mode, (24, 20), 90).save(pictures / f"{name}.jpg")
+    assert "same name" in run("--predict", checkpoint, pictures, "other/a.png")
     assert run("--predict", checkpoint, pictures, "--out", tmp_path / "out") is None
+    assert f"{tmp_path / 'out' / 'b_overlay.png'}\n" in capsys.readouterr().out
     ids = data.read_ids(tmp_path / "out" / "a_mask.png")
+    assert ids.shape == Image.open(tmp_path / "out" / "a_overlay.png").size[::-1] == (20, 24)
     assert Image.open(tmp_path / "out" / "a_mask.png").mode == "P" and set(np.unique(ids)) <= {0, 1}
     colours = np.asarray(Image.open(tmp_path / "out" / "a_mask.png").convert("RGB"))
     assert (colours == np.array(data.load("folder", root).palette)[ids]).all()
@@ -149,44 +151,11 @@ def test_variables_left_over_from_a_launcher_are_named():
     assert done.stderr.strip() == "RANK is set and WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: start with torchrun, or unset RANK"
 
 
-def test_windows_together_are_windows_one_by_one():
-    def network(images):
-        seen.append(len(images))
-        return train.ranet.Output(images[:, :2] * images.mean((1, 2, 3), keepdim=True), images[:, 1:], None, None)
-    image, seen = torch.rand(1, 3, 20, 31), []
-    together = evaluate.slide(network, image, 8)
-    assert len(seen) == 1 and seen[0] > 9
-    total, count = torch.zeros(2, 2, 20, 31), torch.zeros(20, 31)
-    for y in (0, 6, 12):
-        for x in (0, 6, 12, 18, 23):
-            window = image[:, :, y:y + 8, x:x + 8]
-            total[:, :, y:y + 8, x:x + 8] += torch.cat([window[:, :2] * window.mean(), window[:, 1:]])
-            count[y:y + 8, x:x + 8] += 1
-    torch.testing.assert_close(together, total / count)
-
-
 def test_a_place_that_cannot_be_written_is_told_before_the_evaluation(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", lambda *args: pytest.fail("evaluated first"))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args: pytest.fail("evaluated first"))
     (tmp_path / "file").write_text("")
     said = run("--eval", trained[1], "--root", trained[0], "--workers", "0", "--out", tmp_path / "file" / "out")
     assert "Not a directory" in said
-
-
-@pytest.mark.parametrize("error, said", [
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
-                  "workers are out of shared memory."), "too little shared memory for workers: raise it, or use --workers 0"),
-    (KeyboardInterrupt(), "training stopped at step 1: interrupted; there is no checkpoint yet")])
-def test_what_ends_a_training_is_one_line(trained, tmp_path, monkeypatch, error, said):
-    loss, calls = train.ranet.ranet_loss, []
-
-    def broken(*args, **options):
-        calls.append(1)
-        if len(calls) == 2:
-            raise error
-        return loss(*args, **options)
-    monkeypatch.setattr(train.ranet, "ranet_loss", broken)
-    flags = "--context", "none", "--steps", "40", "--out", tmp_path / "run"
-    assert said in run(*TINY, "--root", trained[0], *flags)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

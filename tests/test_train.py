@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torchvision.transforms.v2.functional import to_pil_image
 
 import data
 import evaluate
@@ -158,24 +157,27 @@ def test_train_seed_matters():
     assert not torch.equal(first, second)
 
 
-def stop_at(monkeypatch, call):
-    """Ctrl-C while the given step is computed."""
-    calls, loss = [], ranet.ranet_loss
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return loss(*args, **kwargs)
-    monkeypatch.setattr(ranet, "ranet_loss", interrupted)
+def at_step(monkeypatch, call, happens):
+    """What happens to the loss of the given step."""
+    losses, loss = [], ranet.ranet_loss
+    def watched(*args, **options):
+        losses.append(loss(*args, **options))
+        return happens(losses[-1]) if len(losses) == call else losses[-1]
+    monkeypatch.setattr(ranet, "ranet_loss", watched)
+
+
+def raises(error):
+    def happens(_loss):
+        raise error
+    return happens
 
 
 def test_train_resumes_bitwise(monkeypatch):
     flags = *TINY, "--steps", 40                        # a checkpoint every 2
     run(*flags, "--out", "whole")
     with monkeypatch.context() as patch:
-        stop_at(patch, 40)
-        with pytest.raises(SystemExit, match="--resume"):
-            run(*flags, "--out", "out")
+        at_step(patch, 40, raises(KeyboardInterrupt()))
+        assert "--resume" in fails(*flags, "--out", "out")
     assert load()["step"] == 38 and len(log()) == 39    # a log line beyond the checkpoint
     with open("out/log.jsonl", "a") as file:
         file.write('{"step": 40, "lo')                   # and half of one
@@ -214,9 +216,8 @@ def test_train_survives_kill_9():
 def test_train_a_full_disk_keeps_the_checkpoint(monkeypatch):
     flags = *TINY, "--steps", 4, "--out", "out"
     with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(SystemExit, match="--resume"):
-            run(*flags)
+        at_step(patch, 3, raises(KeyboardInterrupt()))
+        assert "--resume" in fails(*flags)
     before = Path("out/last.pt").read_bytes()
     Path("out/last.pt.tmp").symlink_to("/dev/full")
     message = fails("--out", "out", "--resume", "--workers", 0)
@@ -225,16 +226,19 @@ def test_train_a_full_disk_keeps_the_checkpoint(monkeypatch):
 
 
 def test_train_stops_at_a_loss_that_is_not_finite(monkeypatch):
-    loss = ranet.ranet_loss
-    calls = []
-    def broken(*args, **kwargs):
-        calls.append(1)
-        values = loss(*args, **kwargs)
-        return values._replace(total=values.total / 0) if len(calls) == 4 else values
-    monkeypatch.setattr(ranet, "ranet_loss", broken)
+    at_step(monkeypatch, 4, lambda loss: loss._replace(total=loss.total / 0))
     message = fails(*TINY, "--steps", 6, "--out", "out")
     assert "step 3: the loss is inf" in message
     assert load()["step"] == 3 and [row["step"] for row in log()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
+                  "workers are out of shared memory."), "too little shared memory for workers: raise it, or use --workers 0"),
+    (KeyboardInterrupt(), "training stopped at step 1: interrupted; there is no checkpoint yet")])
+def test_train_says_what_ended_it(monkeypatch, error, said):
+    at_step(monkeypatch, 2, raises(error))
+    assert said in fails(*TINY, "--context", "none", "--steps", 40, "--out", "out")
 
 
 def test_train_never_saves_weights_that_are_not_finite():
@@ -252,7 +256,7 @@ def test_train_names_the_step_of_features_that_are_not_finite(monkeypatch):
         return model
     monkeypatch.setattr(train, "build", broken)
     message = fails(*TINY, "--steps", 6, "--out", "out")
-    assert message.startswith("training stopped at step 0: B: expected scores")
+    assert message.startswith("training stopped at step 0: B: expected numbers in [0, 1]")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -442,19 +446,24 @@ def test_train_evaluation_by_hand():
     evaluate.report(nothing, Path("scores.json"))
 
 
-@pytest.mark.parametrize("h, w, crop", [(20, 33, 8), (7, 30, 9), (16, 16, 16), (5, 4, 9), (21, 22, 1),
-                                        (20, 12, 11)])
-def test_train_windows_cover_the_image(h, w, crop):
-    image = torch.rand(1, 3, h, w)
-    whole = Pointwise()(image)
-    found = evaluate.slide(Pointwise(), image, crop)
-    torch.testing.assert_close(found, torch.cat((whole.fine, whole.coarse)))
-    windows, model = [], Pointwise()
-    model.register_forward_pre_hook(lambda _, images: windows.extend(image.shape[1:] for image in images[0]))
-    evaluate.slide(model, image, crop)
-    assert set(windows) == {(min(h, crop), min(w, crop))}       # windows shrink to the image, never pad it
-    stride = math.ceil(crop * 2 / 3)
-    assert len(windows) == math.prod(math.ceil(max(size - crop, 0) / stride) + 1 for size in (h, w))
+@pytest.mark.parametrize("h, w, crop", [(20, 33, 8), (7, 30, 9), (16, 16, 16), (5, 4, 9), (21, 22, 1), (20, 12, 11)])
+def test_train_windows_are_averaged(h, w, crop):
+    def network(images):                                        # what it sees matters, so windows do
+        calls.append(len(images))
+        return ranet.Output(images[:, :2] * images.mean((1, 2, 3), keepdim=True), images[:, 1:], None, None)
+    calls, image = [], torch.rand(1, 3, h, w)
+    found = evaluate.slide(network, image, crop)                # [2, 2, h, w]
+    total, count = torch.zeros(2, 2, h, w), torch.zeros(h, w)
+    def starts(size):
+        last, stride = max(size - crop, 0), math.ceil(crop * 2 / 3)
+        return [min(k * stride, last) for k in range(math.ceil(last / stride) + 1)]
+    for y in starts(h):
+        for x in starts(w):
+            window = image[:, :, y:y + crop, x:x + crop]        # smaller where the image is
+            total[:, :, y:y + crop, x:x + crop] += torch.cat((window[:, :2] * window.mean(), window[:, 1:]))
+            count[y:y + crop, x:x + crop] += 1
+    torch.testing.assert_close(found, total / count)
+    assert calls == [len(starts(h)) * len(starts(w))]           # together
 
 
 def test_train_scales_and_mirrors_are_averaged():
@@ -470,38 +479,6 @@ def test_train_scales_and_mirrors_are_averaged():
     args.scales = [0.5]
     torch.testing.assert_close((plain + evaluate.segment(Pointwise(), image, args)) / 2, both)
     torch.testing.assert_close(evaluate.segment(Pointwise(), image, args, maps=1)[0], evaluate.segment(Pointwise(), image, args)[0])
-
-
-def test_train_evaluation_leaves_out_ignored_pixels(monkeypatch):
-    run(*TINY, "--steps", 1, "--context", "none", "--out", "out")
-    scene = data.Shapes.__getitem__
-    def ignored(self, i):
-        image, label = scene(self, i)
-        label[label == 0] = 255
-        return image, label
-    monkeypatch.setattr(data.Shapes, "__getitem__", ignored)
-    seen, confusion = [], evaluate.confusion
-    monkeypatch.setattr(evaluate, "confusion", lambda *a: seen.append(confusion(*a)) or seen[-1])
-    run("--eval", "out/last.pt", "--workers", 0, "--split", "test")
-    assert len(seen) == 6 and all(matrix[0].sum() == 0 for matrix in seen)
-
-
-def test_train_predicts_pictures(capsys):
-    run(*TINY, "--steps", 1, "--out", "out")
-    image = data.load("shapes", split="test")[0][0]
-    picture = to_pil_image(image[:, :50])                  # not square
-    picture.save("a.png")
-    picture.convert("L").save("grey.jpg")
-    run("--predict", "out/last.pt", "a.png", "grey.jpg", "--out", "results", "--flip")
-    for name in ("a", "grey"):
-        mask, overlay = (Image.open(f"results/{name}_{kind}.png") for kind in ("mask", "overlay"))
-        assert mask.size == overlay.size == (image.shape[2], 50)
-        assert {colour for _, colour in mask.convert("RGB").getcolors()} <= set(data.Shapes.palette)
-    assert "results/a_mask.png" in capsys.readouterr().out
-    Path("b.png").write_bytes(b"no picture")
-    assert fails("--predict", "out/last.pt", "b.png") == "1 of 1 pictures could not be segmented"
-    assert "b.png is no readable picture" in capsys.readouterr().err
-    assert "same name" in fails("--predict", "out/last.pt", "a.png", "other/a.jpg")
 
 
 # ---------------------------------------------------------------------------------------------------------
