@@ -460,7 +460,7 @@ class Look(Dataset):
 
 def augment(image: Tensor, label: Tensor, seed: int, crop: int, scale: tuple[float, float] = (0.5, 2.0),
             flip: float = 0.5, brightness: int = 10) -> tuple[Tensor, Tensor]:
-    """A random crop [3, crop, crop] and its label [crop, crop], uint8, as functions of the seed alone: scales both by a
+    """A random crop [3, crop, crop] and its label [crop, crop], uint8, as functions of the seed only: scales both by a
     factor from `scale`, pads them to the crop (with the mean colour, and 255), cuts, flips with probability `flip`, and
     adds one whole number from -brightness to brightness to all channels."""
     with torch.random.fork_rng(devices=[]):
