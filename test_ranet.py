@@ -751,7 +751,8 @@ def test_file_needs_torch_alone_and_is_silent(tmp_path):
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     assert imported | {node.module for node in nodes if isinstance(node, ast.ImportFrom)} == {"torch", "typing"}
     (tmp_path / "ranet.py").write_text(source)
-    state = "[torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()]"
+    state = ("[torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(), "
+             "torch.is_grad_enabled()]")
     probe = f"import torch\nbefore = {state}\nimport ranet\nassert before == {state}"
     run = subprocess.run([sys.executable, "-W", "error", "-c", probe], cwd=tmp_path, capture_output=True, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
@@ -786,7 +787,7 @@ def bad_inputs():
     out = ranet.Output(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2), None)
     zeros = torch.zeros(1, 4, 4, dtype=torch.int64)
     calls = [                                                   # the right arguments, and for some the wrong ones
-        (ranet.boundary_probability, {}, {"B": [B[0], B + 1, nan, [[0.5]], torch.ones(2, 2, dtype=torch.int64), B[:0]]}),
+        (ranet.boundary_probability, {}, {"B": [B[0], B + 1, nan, [[0.5]], torch.ones(2, 2).long(), B[:0]]}),
         (ranet.semantic_divergence, {}, {"C": [B, C / 2, C - 1]}),
         (ranet.region_attention, {"D": pairs, "E": pairs}, {"D": [B], "E": [pairs[:3, :3], -pairs, pairs.float()]}),
         (ranet.regularize, {"F": pairs, "Wg": kernel, "size": (3, 4)},
@@ -799,7 +800,8 @@ def bad_inputs():
         (ranet.construct_regions, {"B": B, "C": C, "Wg": kernel}, {"cues": ["all"]}),
         (ranet.select_representatives, {"J": J, "labels": labels, "K": 2}, {"J": [J[:3]], "K": [0, 1.5]}),
         (ranet.intra_region_collection, {"A": A, **scored},
-         {"A": [A[:3], A / 0], "J": [J + 1, J.float()], "reps": [reps + 9, reps.flip(0), reps[:1], reps[[0, 0, 2, 3]]]}),
+         {"A": [A[:3], A / 0], "J": [J + 1, J.float()],
+          "reps": [reps + 9, reps.flip(0), reps[:1], reps[[0, 0, 2, 3]]]}),
         (ranet.inter_region_interaction, {"Al": A[reps], **scored}, {"Al": [A], "J": [J.float()]}),
         (ranet.intra_region_distribution, {"A": A, "Ag": A[reps], **scored}, {"Ag": [A, A[:4, :2]]}),
         (ranet.RCB, {}, {"kernel_size": [2], "threshold": [-1], "cues": ["all"]}),
@@ -857,7 +859,7 @@ MUTATIONS = [
     ("eq5", "same = labels[:, None] == labels  ", "same = (labels[:, None] == labels).fill_diagonal_(False)  "),
     ("reps", "J.detach().argsort(descending=True, stable=True)", "J.argsort(stable=True)"),         # the lowest
     ("reps", "order[rank < K]", "order[rank <= K]"),                                                # one too many
-    ("eq6", "others[:, reps] = False", "pass"),                                                     # with representatives
+    ("eq6", "others[:, reps] = False", "pass"),  # with representatives
     ("eq6", "_masked_softmax(A[reps] @ JA.T, others)", "(A[reps] @ JA.T).softmax(1)"),              # over all pixels
     ("eq6", "_masked_softmax(A[reps] @ JA.T, others)", "_masked_softmax(A[reps] @ A.T, others)"),   # J missing
     ("eq6", "return JA[reps] + Wl @ JA, Wl", "return A[reps] + Wl @ JA, Wl"),                       # J(p) missing
@@ -866,8 +868,8 @@ MUTATIONS = [
     ("eq7", "source = region.expand_as(logits)  ", "source = 0 * region.expand_as(logits)  "),      # all at once
     ("eq7", "return JAl + Wi @ JAl, Wi", "return JAl + Wi @ JAl / Q, Wi"),                          # divided by Q
     ("eq7", "return JAl + Wi @ JAl, Wi", "return Al + Wi @ JAl, Wi"),                               # J(p) missing
-    ("eq7", "logits = Al @ JAl.T  ", "logits = JAl @ Al.T  "),                                      # J on the wrong side
-    ("eq8", "_masked_softmax(A @ JAg.T, same)", "(A @ JAg.T).softmax(1)"),                          # all representatives
+    ("eq7", "logits = Al @ JAl.T  ", "logits = JAl @ Al.T  "),  # J on the wrong side
+    ("eq8", "_masked_softmax(A @ JAg.T, same)", "(A @ JAg.T).softmax(1)"),  # all representatives
     ("eq8", "_masked_softmax(A @ JAg.T, same)", "_masked_softmax((A @ JAg.T) / A.shape[1] ** 0.5, same)"),      # scaled
     ("eq8", "return J[:, None] * A + Wd @ JAg, Wd", "return A + Wd @ JAg, Wd"),                     # J_i missing
     ("eq8", "softmax(1) * mask", "softmax(0) * mask"),                                              # wrong axis
@@ -876,7 +878,7 @@ MUTATIONS = [
     ("lone", "S = (Fg[i] + Fg[:, i].T) / 2", "S = Fg[i]"),                                          # one direction
     ("lone", "S @ member / size[large]", "S @ member"),                                             # sum, no mean
     ("lone", "size[large]).argmax(1)", "size[large]).argmin(1)"),                                   # the least attached
-    ("lone", "return _numbered(first[joined])", "return joined"),                                   # gaps in the numbers
+    ("lone", "return _numbered(first[joined])", "return joined"),  # gaps in the numbers
     ("rcb", "(members % W + d[:, None]).clamp", "(members % W - d[:, None]).clamp"),                # no adjoint
     ("rcb", "= dJ[members] / size[labels[members]], q", "= dJ[members], q"),
     ("rcb", "B.shape[2]) + len(Wg) // 2, steps", "B.shape[2]), steps"),                             # lines too short

@@ -69,7 +69,8 @@ def test_missing_labels_are_told_at_the_start(tmp_path, capsys):
 def test_a_wrong_label_is_found_at_the_start(tmp_path, file):
     root = folder(tmp_path / "set")
     Image.new("RGB", (24, 20)).save(root / file / "labels" / "1.png")
-    assert f"{root / file / 'labels' / '1.png'} has pixels of type RGB" in run(*TINY, "--root", root, "--out", tmp_path / "run")
+    said = run(*TINY, "--root", root, "--out", tmp_path / "run")
+    assert f"{root / file / 'labels' / '1.png'} has pixels of type RGB" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -148,7 +149,7 @@ def test_variables_left_over_from_a_launcher_are_named():
     done = subprocess.run([sys.executable, "train.py"], cwd=ROOT, capture_output=True, text=True, check=False,
                           env={**os.environ, "RANK": "0", "LOCAL_RANK": "0"})
     assert done.returncode == 1
-    assert done.stderr.strip() == "RANK is set and WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: start with torchrun, or unset RANK"
+    assert done.stderr.startswith("RANK is set and WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: start with torchrun")
 
 
 def test_a_place_that_cannot_be_written_is_told_before_the_evaluation(trained, tmp_path, monkeypatch):
