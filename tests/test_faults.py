@@ -116,11 +116,6 @@ def test_files_left_out_and_texts_of_other_systems_are_said(tmp_path, capsys):
         data.load("folder", root)
 
 
-def test_classes_in_another_order_are_told(trained, tmp_path):
-    other = folder(tmp_path / "set", classes=("road", "sky"))
-    assert "class 0 is 'sky' in" in run("--eval", trained[1], "--root", other, "--workers", "0")
-
-
 def test_predictions_are_ids_with_colours_and_replace_only_predictions(trained, tmp_path, capsys):
     root, checkpoint = trained
     pictures = tmp_path / "pictures"
