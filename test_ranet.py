@@ -517,6 +517,9 @@ def test_rcb_rib_worst_cases():
     assert compare(low, uniform, A, K=H * W + 1).max() == 0                 # K larger than every region
     assert compare(half, one_hot, A, cues="semantic").max() == 2
     assert compare(*random_map(1, 1)).tolist() == [0]                       # a single pixel
+    B, C, A = random_map(1, 12, high=0.1)
+    B[0, 6] = 0.9
+    assert compare(B, (C + 9) / 28, A).max() == 1       # W^g reaches a pixel beyond the widest region
 
 
 def test_modules_on_a_line_of_300_pixels():
