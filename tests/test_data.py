@@ -41,14 +41,31 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_data_folder(folder):
+def test_data_folder(folder, capsys):
+    write(folder, {"train/images/notes.gif": ""})
     train = data.load("folder", folder)
+    assert "1 files left out, notes.gif is the first" in capsys.readouterr().err
     image, label = train[0]
     assert (len(train), train.classes, len(set(train.palette))) == (2, ["road", "sky", "tree"], 3)
     assert image.dtype == label.dtype == torch.uint8 and image.shape == (3, 6, 8)
     assert label.tolist() == [[255, 0, 1, 2, 2, 2, 1, 255]] * 6
     image, label = data.load("folder", folder, "test")[0]      # grey, and without labels
     assert image.tolist() == [[[77] * 8] * 6] * 3 and label.tolist() == [[255] * 8] * 6
+
+
+@pytest.mark.parametrize("end", ["png", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_data_turned_photos_are_read_upright(folder, orientation, end):
+    """The stored pixels of each orientation, by its definition; read back, all are the same picture."""
+    upright = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
+    stored = [upright, upright[:, ::-1], upright[::-1, ::-1], upright[::-1], upright.T, np.rot90(upright, 1),
+              upright[::-1, ::-1].T, np.rot90(upright, -1)][orientation - 1]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (folder / "train/images/a.jpg").unlink()
+    Image.fromarray(stored).convert("RGB").save(folder / f"train/images/a.{end}", exif=exif)
+    train = data.load("folder", folder)
+    assert train[0][0][0].tolist() == upright.tolist() and data.Look(train)[0].sum() == 48     # the label's size
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -128,10 +145,13 @@ def test_data_coco_stuff_forms_agree(tmp_path):
     (lambda r: (r / "classes.txt").unlink(), "missing: .*classes.txt\n.*Expected folders"),
     (lambda r: write(r, {"classes.txt": "\n"}), "classes.txt is empty"),
     (lambda r: write(r, {"classes.txt": "road\nroad\n"}), "classes.txt names 2 classes, .* each once"),
+    (lambda r: (r / "classes.txt").write_text("sky\nroad", encoding="utf-16"), "classes.txt: expected UTF-8"),
     (lambda r: (r / "train/labels/b.png").unlink(), "missing: .*b.png"),
     (lambda r: write(r, {"train/images/a.b.png": [[0]], "train/images/a.png": [[0]]}), "a.jpg and a.png: two images"),
     (lambda r: [path.unlink() for path in (r / "train/images").iterdir()], "no pictures"),
     (lambda r: Image.new("I;16", (8, 6)).save(r / "train/images/a.jpg", "PNG"), "a.jpg has pixels .* expected 8 bits"),
+    (lambda r: Image.new("L", (8, 6)).save(r / "train/labels/a.png", "JPEG"), "a.png is a JPEG file, expected PNG"),
+    (lambda r: Image.new("L", (8, 6)).save(r / "train/labels/a.png", "BMP"), "a.png is a BMP file, expected PNG"),
     (lambda r: write(r, {"train/labels/a.png": [[3] * 8] * 6}), "a.png holds the id 3, expected 0..2 or 255 for ig"),
     (lambda r: write(r, {"train/labels/a.png": [[2] * 3] * 6}), "a.png is 3 x 6 pixels, expected 8 x 6 as .*a.jpg$"),
     (lambda r: data.load("pictures", r), "unknown data set 'pictures'"),
@@ -145,6 +165,12 @@ def test_data_says_what_is_wrong(folder, breakage, said):
     with pytest.raises(data.DataError, match=f"(?s){said}"):
         breakage(folder)
         data.load("folder", folder)[0]
+
+
+def test_data_pictures_too_large_for_pillow_are_named(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for read, file in ((data.read_image, "images/a.jpg"), (data.read_ids, "labels/a.png")):
+        pytest.raises(data.DataError, read, folder / "train" / file).match(f"{file} is no readable picture")
 
 
 @pytest.mark.parametrize("bits, ids", [(1, [0, 1, 1, 0]), (2, [0, 1, 2, 3]), (4, [0, 1, 14, 15]), (8, [0, 1, 77, 255])])
