@@ -21,22 +21,13 @@ FLAGS = "--steps", "2", "--crop", "40", "--batch", "4", "--workers", "0"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two steps of training: the checkpoint, the states of the network at 0, 1, 2, and the picture of another run."""
-    folder, states, build, save = tmp_path_factory.mktemp("run"), [], train.build, train.save
-
-    def watched(*args):
-        made = (build if len(args) > 2 else save)(*args)        # build(args, N, weights) or save(path, checkpoint)
-        states.append({key: x.clone() for key, x in (made.state_dict() if made else args[1]["model"]).items()})
-        return made
-
+    """The checkpoint of two steps of training, and the picture of another such run at its start and its end."""
+    folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data.Shapes, "splits", {"train": 16, "val": 3, "test": 3})
         patch.setattr(pictures, "SCENES", ("0", "2"))
-        picture = pictures.growth((0, 1, 2), FLAGS)
-        patch.setattr(train, "build", watched)
-        patch.setattr(train, "save", watched)
         train.main(["--out", str(folder), *FLAGS])
-    return folder / "last.pt", states, picture
+        return folder / "last.pt", pictures.growth((0, 2), FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -107,31 +98,26 @@ def test_weights_show_the_weights_and_fade_what_has_none(drawn):
     check(pictures.weights(image, maps, [p], 8), 0, [*wanted, heat(maps.J.view(18, 18))], int(maps.reps[p]))
 
 
-def test_growth_draws_each_step_with_the_weights_it_had(trained):
-    path, states, picture = trained
-    (model, args, _checkpoint), seen = pictures.network(path), set()
-    for row, scene in enumerate((0, 2)):
-        image = data.Shapes("val")[scene][0][:, 16:56, 16:56]   # the middle 40 of 72
-        assert torch.equal(cut(picture, row, 0), pictures.tile(image.as_subclass(torch.Tensor)))
-        for column, state in enumerate(states, 1):
-            model.load_state_dict(state)
+def test_growth_draws_the_regions_of_each_step(trained):
+    path, whole = trained
+    (model, args, checkpoint), seen = pictures.network(path), set()
+    torch.manual_seed(0)
+    for column, state in enumerate((train.build(args, 7).state_dict(), checkpoint["model"]), 1):
+        model.load_state_dict(state)
+        for row, scene in enumerate((0, 2)):
+            image = data.Shapes("val")[scene][0][:, 16:56, 16:56].as_subclass(torch.Tensor)     # the middle 40 of 72
             with torch.inference_mode():
                 labels, J = model(data.normalize(image)[None]).regions
-            assert torch.equal(cut(picture, row, column), pictures.tile(evaluate.draw_regions(labels[0], J[0], args.k)))
-            seen.add(cut(picture, row, column).numpy().tobytes())
-    assert len(seen) > 4                                        # the steps differ
+            drawn = evaluate.draw_regions(labels[0], J[0], args.k)
+            assert torch.equal(cut(whole, row, 0), pictures.tile(image))
+            assert torch.equal(cut(whole, row, column), pictures.tile(drawn))
+            seen.add(drawn.numpy().tobytes())
+    assert len(seen) == 4                                       # the steps differ
 
 
 def run(monkeypatch, *given):
     monkeypatch.setattr(sys, "argv", ["pictures.py", *map(str, given)])
     pictures.main()
-
-
-def test_the_command_writes_the_pictures(trained, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, trained[0], 2, "--out", tmp_path / "new")
-    assert capsys.readouterr().out.split() == [str(tmp_path / "new" / f"{x}.png") for x in ("attention", "weights")]
-    for name, columns in (("attention", 9), ("weights", 6)):
-        assert Image.open(tmp_path / "new" / f"{name}.png").width == GAP + columns * (SIDE + GAP)
 
 
 @pytest.mark.parametrize("given, words", [
@@ -145,6 +131,8 @@ def test_mistakes_are_named(given, words, trained, monkeypatch):
     with pytest.raises(SystemExit, match=words):
         run(monkeypatch, *given.split(), "--out", "new")
     assert not Path("new").exists()
+    run(monkeypatch, "last.pt", 2, "--out", "right")
+    assert sorted(path.name for path in Path("right").iterdir()) == ["attention.png", "weights.png"]
 
 
 def test_drawings_show_the_equations(tmp_path, monkeypatch):
