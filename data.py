@@ -58,9 +58,7 @@ def load(name: str, root: str | Path | None = None, split: str = "train") -> Dat
     return Shapes(split) if name == "shapes" else sets[name](Path(root), split)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Generated scenes
-# ---------------------------------------------------------------------------------------------------------
+# --- Generated scenes ------------------------------------------------------------------------------------
 
 class Shapes(Dataset):
     """Scenes of balls and stars that are day or night things by the lamp, a small disc far away.
@@ -163,9 +161,7 @@ def _texture(rng, y, x, colour) -> np.ndarray:
     return np.array(colour, np.float32)[:, None, None] + 2.2 * waves    # [3, h, w]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Data sets in files
-# ---------------------------------------------------------------------------------------------------------
+# --- Data sets in files ----------------------------------------------------------------------------------
 
 class Files(Dataset):
     """Pairs of an image and a label file (None: no label). `ids` holds all that a label may hold: {id: class}, 255
@@ -426,9 +422,7 @@ class Folder(Files):
                          {IGNORE: IGNORE, **{n: n for n in range(N)}})
 
 
-# ---------------------------------------------------------------------------------------------------------
-# From a data set to batches
-# ---------------------------------------------------------------------------------------------------------
+# --- From a data set to batches --------------------------------------------------------------------------
 
 class TrainingSet(Dataset):
     """Augmented crops of a data set, indexed by (index, seed): image float32 [3, crop, crop], normalised; label int64

@@ -39,9 +39,7 @@ def one_line(error: BaseException) -> str:
     return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------
+# --- Checkpoints -----------------------------------------------------------------------------------------
 
 def save(path: Path, checkpoint: dict) -> None:
     """A kill or a full disk at any moment leaves the previous checkpoint whole."""
@@ -89,9 +87,7 @@ def writable(out: Path) -> None:
     tempfile.TemporaryFile(dir=out).close()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Evaluation and prediction
-# ---------------------------------------------------------------------------------------------------------
+# --- Evaluation and prediction ---------------------------------------------------------------------------
 
 def slide(model: nn.Module, image: Tensor, crop: int, maps: int = 2) -> Tensor:
     """Logits of the fine and, of two maps, the coarse one [maps, N, h, w] of an image [1, 3, h, w], by windows of
@@ -170,8 +166,8 @@ def evaluate(model: nn.Module, data, split: str, trained: str, args, predictions
                 f"{math.ceil(args.crop * 2 / 3)}; scales {' '.join(f'{scale:g}' for scale in args.scales)}"
                 f"{', mirrored too' if args.flip else ''}; classes without a pixel left out of the mean")
     return {"fine_miou": means[0], "coarse_miou": means[1], "data": args.data, "context": args.context,
-                "backbone": args.backbone, "protocol": protocol, "pixels": int(matrix[0].sum()),
-                "classes": {name: {"fine": f, "coarse": c} for name, (f, c) in zip(data.classes, classes)}}
+            "backbone": args.backbone, "protocol": protocol, "pixels": int(matrix[0].sum()),
+            "classes": {name: {"fine": f, "coarse": c} for name, (f, c) in zip(data.classes, classes)}}
 
 
 def report(result: dict, path: Path) -> None:
@@ -241,9 +237,7 @@ def predict(model: nn.Module, args) -> None:
         sys.exit(f"{bad} of {len(mine)} pictures could not be segmented")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A picture of what the network does, as in the paper's Figure 5
-# ---------------------------------------------------------------------------------------------------------
+# --- A picture of what the network does, as in the paper's Figure 5 --------------------------------------
 
 TILE = 192      # pixels a side of each small picture
 

@@ -71,9 +71,7 @@ from torch import Tensor, nn
 TINY = 2.0 ** -24   # log2 C has no slope at C = 0: below this, C takes the slope it has here (R2)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Section 3.1: the region construction block
-# ---------------------------------------------------------------------------------------------------------
+# --- Section 3.1: the region construction block ----------------------------------------------------------
 
 def boundary_probability(B: Tensor) -> Tensor:
     r"""Eq. 1: D, the highest boundary score on the line between two pixels.
@@ -266,9 +264,7 @@ def _join(labels: Tensor, Fg: Tensor) -> Tensor:
     return _numbered(first[joined])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Section 3.2: the region interaction block
-# ---------------------------------------------------------------------------------------------------------
+# --- Section 3.2: the region interaction block -----------------------------------------------------------
 
 def representative_score(Fg: Tensor, labels: Tensor) -> Tensor:
     r"""Eq. 5: J, how well a pixel stands for its region.
@@ -375,9 +371,7 @@ def _unit(x: Tensor) -> Tensor:
     return x + (x.clamp(0, 1) - x).detach()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The equations together, for one image
-# ---------------------------------------------------------------------------------------------------------
+# --- The equations together, for one image ---------------------------------------------------------------
 
 def construct_regions(B: Tensor, C: Tensor, Wg: Tensor, threshold: float = 0.8, cues: str = "both",
                       join_lone: bool = True) -> tuple[Tensor, Tensor]:
@@ -413,9 +407,7 @@ def exchange_context(A: Tensor, J: Tensor, labels: Tensor, K: int = 8, intra: bo
     return intra_region_distribution(A, Ag, J, labels, reps)[0]     # [HW, M]  eq. 8
 
 
-# ---------------------------------------------------------------------------------------------------------
-# RCB and RIB for batches
-# ---------------------------------------------------------------------------------------------------------
+# --- RCB and RIB for batches -----------------------------------------------------------------------------
 
 class Regions(NamedTuple):
     """What `RCB` makes of images and `RIB` works on."""
@@ -504,9 +496,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Section 4: the network and its loss
-# ---------------------------------------------------------------------------------------------------------
+# --- Section 4: the network and its loss -----------------------------------------------------------------
 
 class Output(NamedTuple):
     """What `RANet` returns."""
@@ -627,10 +617,8 @@ def label_counts(label: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.stack(((label != 255).sum(), pool_boundary(mask, size)[1].sum())).float()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Nothing from here on is needed to understand the paper.
+# --- Nothing from here on is needed to understand the paper. ---------------------------------------------
 # Eqs. 1-5 for `RCB`: the numbers and gradients of `construct_regions`, in little memory and few calls
-# ---------------------------------------------------------------------------------------------------------
 
 def _numbers(x: Tensor) -> int:
     """How many numbers a block may hold: what a processor's cache takes, or what keeps a GPU busy."""
@@ -857,9 +845,7 @@ def _gradient(B, C, Wg, labels, dJ, steps, cues, needs):
     return dB.view_as(B), dC.view(-1, H, W), dWg
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Bad input: one line that names the argument, what was expected and what came
-# ---------------------------------------------------------------------------------------------------------
+# --- Bad input: one line that names the argument, what was expected and what came ------------------------
 
 def _expect(ok: bool, name: str, expected: str, got) -> None:
     if not ok:

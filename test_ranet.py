@@ -28,8 +28,7 @@ ROOT = Path(__file__).parent
 close = torch.testing.assert_close
 
 
-# ------------------------------------------------------------------------------------- what is drawn
-
+# --- what is drawn ---------------------------------------------------------------------------------------
 sizes = st.sampled_from([(1, 1), (1, 6), (5, 1), (2, 2), (3, 4), (4, 3), (5, 5), (2, 7), (6, 4)])
 
 
@@ -112,8 +111,7 @@ def random_map(H, W, N=3, seed=0, high=1.0, dtype=torch.float64):
     return B, C, A
 
 
-# ------------------------------------------------------------------------------------- eq. 1
-
+# --- eq. 1 -----------------------------------------------------------------------------------------------
 def line(i, j):
     """The samples between two pixels (y, x), from i to j: one at every step of the longer axis."""
     return np.linspace(i, j, max(abs(i[0] - j[0]), abs(i[1] - j[1])) + 1)
@@ -180,8 +178,7 @@ def test_eq1_gradient_at_a_tie_goes_to_the_upper_end_or_the_left_of_a_wide_line(
         assert B.grad.nonzero().tolist() == [list(first)] and B.grad[first] == 1
 
 
-# ------------------------------------------------------------------------------------- eq. 2
-
+# --- eq. 2 -----------------------------------------------------------------------------------------------
 @given(class_maps())
 def test_eq2_equals_scipy(C):
     p = C.flatten(1).T.numpy()
@@ -213,8 +210,7 @@ def test_eq2_slope_at_zero_is_that_at_tiny():
     assert C.grad[0, 0, 0].item() == pytest.approx(0.5 * (-24 - math.log2(0.25)))
 
 
-# ------------------------------------------------------------------------------------- eq. 3
-
+# --- eq. 3 -----------------------------------------------------------------------------------------------
 @given(attention_maps(), st.data())
 def test_eq3_equals_the_loop(D, data):
     D, E = D[0], data.draw(tensors(tuple(D[0].shape), st.floats(0, 1)))
@@ -229,8 +225,7 @@ def test_eq3_gradient():
     assert torch.autograd.gradcheck(ranet.region_attention, (D.requires_grad_(), E.requires_grad_()))
 
 
-# ------------------------------------------------------------------------------------- eq. 4
-
+# --- eq. 4 -----------------------------------------------------------------------------------------------
 @given(attention_maps(), st.sampled_from([1, 3, 5]).flatmap(kernels))
 def test_eq4_equals_scipy(F, Wg):
     F, size = F
@@ -252,8 +247,7 @@ def test_eq4_gradient():
     assert torch.autograd.gradcheck(lambda F, Wg: ranet.regularize(F, Wg, (3, 4)), (F, Wg))
 
 
-# ------------------------------------------------------------------------------------- regions
-
+# --- regions ---------------------------------------------------------------------------------------------
 @st.composite
 def decisions(draw):
     n = draw(st.integers(1, 24))
@@ -283,8 +277,7 @@ def test_regions_of_a_long_shuffled_path():
     assert torch.equal(ranet.connected_regions(G), slow_labels(G))
 
 
-# ------------------------------------------------------------------------------------- R4b: pixels left alone
-
+# --- R4b: pixels left alone ------------------------------------------------------------------------------
 @st.composite
 def partitions(draw):
     """Labels with many regions of one pixel, and F^g."""
@@ -330,8 +323,7 @@ def test_lone_pixels_of_the_modules_regions_are_gone():
     assert (joined[:, :3] == 0).all() and (joined[:, 4:] == 1).all()
 
 
-# ------------------------------------------------------------------------------------- eq. 5 and phi
-
+# --- eq. 5 and phi ---------------------------------------------------------------------------------------
 @given(attention_maps(), st.data())
 def test_eq5_equals_the_loop(Fg, data):
     labels = data.draw(region_labels(len(Fg[0])))
@@ -361,8 +353,7 @@ def test_reps_equal_a_sort(labels, K, data):
     assert ranet.select_representatives(J, labels, K).tolist() == slow
 
 
-# ------------------------------------------------------------------------------------- eqs. 6, 7 and 8
-
+# --- eqs. 6, 7 and 8 -------------------------------------------------------------------------------------
 def softmaxes(receivers, sent, groups):
     """Of each receiver a row of weights: a softmax over each of its groups of senders on its own, 0 elsewhere."""
     W = np.zeros((len(receivers), len(sent)))
@@ -445,8 +436,7 @@ def test_eq8_gradient():
     assert gradient_of(lambda A, J, labels, reps: ranet.intra_region_distribution(A, 1 - A[reps], J, labels, reps))
 
 
-# ------------------------------------------------------------------------------------- RCB and RIB
-
+# --- RCB and RIB -----------------------------------------------------------------------------------------
 def certain(B, C, Wg, threshold, cues):
     """Whether labels do not hang on rounding: no F^g near the threshold, no pixel attached to two regions alike."""
     labels, _ = ranet.construct_regions(B, C, Wg, threshold, cues, join_lone=False)
@@ -622,8 +612,7 @@ def test_rcb_rib_autocast_computes_in_float32():
     assert A.grad.isfinite().all() and rcb.logits.grad.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------- the network and its loss
-
+# --- the network and its loss ----------------------------------------------------------------------------
 def small_net(num_classes=3, **options):
     torch.manual_seed(0)
     backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 5, stride=4, padding=2), torch.nn.ReLU())
@@ -714,8 +703,7 @@ def test_loss_of_an_unlabelled_batch_is_zero():
     assert loss.total.item() == 0
 
 
-# ------------------------------------------------------------------------------------- the file
-
+# --- the file --------------------------------------------------------------------------------------------
 def test_file_needs_torch_alone_and_is_silent(tmp_path):
     source = (ROOT / "ranet.py").read_text()
     nodes = list(ast.walk(ast.parse(source)))
@@ -743,8 +731,7 @@ def test_file_usage_example_works(capsys):
     assert capsys.readouterr().out.startswith("torch.Size([2, 19, 128, 160])\ntensor([")
 
 
-# ------------------------------------------------------------------------------------- bad input
-
+# --- bad input -------------------------------------------------------------------------------------------
 def bad_inputs():
     """Calls that are right but for one argument, and the name of that one."""
     B, C, A = random_map(3, 4)
@@ -797,8 +784,7 @@ def test_bad_input_is_one_line_that_names_it(name, function, arguments):
     assert "\n" not in str(error.value) and len(str(error.value)) < 160
 
 
-# ------------------------------------------------------------------------------------- mutations
-
+# --- mutations -------------------------------------------------------------------------------------------
 # (the tests that must notice, the text in ranet.py, the mistake)
 MUTATIONS = [
     ("eq1", "sample > D, sample", "sample < D, sample"),                                            # minimum

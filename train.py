@@ -48,9 +48,7 @@ SETTINGS = "data", *PAPER                               # what a checkpoint reme
 MODEL = "backbone", "strides", "channels", "context", "k"       # what its weights fit
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Backbones, and what Table 1 compares with
-# ---------------------------------------------------------------------------------------------------------
+# --- Backbones, and what Table 1 compares with -----------------------------------------------------------
 
 class Backbone(nn.Module):
     """The maps of a timm model, brought to stride 8 and concatenated."""
@@ -173,9 +171,7 @@ def build(args, num_classes: int, weights: str = "none") -> ranet.RANet:
     return ranet.RANet(backbone, in_channels, num_classes, M, **context)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------
 
 def seed_of(seed: int, step: int, slot: int) -> int:
     """All chance of a step comes from this, so a resumed run needs no generator's state."""
@@ -321,9 +317,7 @@ def train(args) -> None:
         draw_overview(model, val, args, out / "overview.png")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------------------
+# --- The command line ------------------------------------------------------------------------------------
 
 def number(kind: type, least: float, below: float = math.inf):
     def convert(text: str):

@@ -9,7 +9,6 @@ import pytest
 import ranet
 
 ROOT = Path(__file__).parent.parent
-
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 READING_ORDER = ["README", "eq1", "eq2", "eq3", "eq4", "regions", "eq5", "eq6", "eq7", "eq8", "differences"]
 EXPLAINED = {f"eq{n}": [name for name, f in vars(ranet).items() if (f.__doc__ or "").startswith(f"Eq. {n}:")]
