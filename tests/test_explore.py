@@ -43,7 +43,7 @@ USE = """<script>setTimeout(() => {
   key({ key: "ArrowLeft", shiftKey: true }); told.say = $("say").textContent; told.Q = Q();
   put("tau", 0, "input"); told.Q0 = Q(); put("tau", 0.8, "input"); $("join_lone").click(); told.lone = Q();
   $("again").click(); told.again = Q();
-  mouse("B", "pointerdown", 0.01, 0.99); told.painted = [at(j), scene.B[j]];
+  mouse("B", "pointerdown", 0.01, 0.99); told.painted = [at(j), scene.B[j], R.D[j][j]];
   SCENES.forEach((_, s) => { put("scene", s, "change"); for (i = 0; i < scene.B.length; i += 7) draw(); });
   document.body.style.width = "362px";          // a phone of 390, less the padding: no window of Chromium is below 500
   told.right = Math.max(...[...document.querySelectorAll("body *")].map(e => e.getBoundingClientRect().right));
@@ -68,6 +68,6 @@ def test_explore_in_a_browser(tmp_path):
     assert (told["click"], told["arrow"]) == (f"(0, {W - 1})", f"(1, {W - 1})")
     assert re.match(rf"i \(1, {W - 1}\), j \(0, {W - 2}\): D 0\..*\nQ = {told['Q']} regions", told["say"])
     assert told["Q0"] == 1 < told["Q"] == told["again"] < told["lone"]          # tau = 0 puts all into one region
-    assert told["painted"] == ["(17, 0)", 0.9] and told["last"] == SCENES[-1]["name"]
+    assert told["painted"] == ["(17, 0)", 0.9, 0.9] and told["last"] == SCENES[-1]["name"]
     told = use(PAGE.replace("(1 - d) * (1 - E[i][j])", "(1 - d) * (1 - E[i][j] ** 2)"), tmp_path)
     assert told["check"].startswith("this page and ranet.py differ") and told["colour"] == "rgb(238, 34, 34)"
