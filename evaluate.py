@@ -161,7 +161,7 @@ def evaluate(model: nn.Module, data, split: str, trained: str, args, predictions
     scores = torch.stack([iou(x) for x in matrix.cpu()])        # [2, N]
     scores = torch.cat((scores, scores.nanmean(1, keepdim=True)), 1).tolist()       # the mean over classes last
     *classes, means = [[None if math.isnan(x) else x for x in pair] for pair in zip(*scores)]     # JSON has no NaN
-    seen = " (trained on)" if trained.startswith("trainval") and split != "test" else ""
+    seen = " (trained on)" if split != "test" and trained.startswith("trainval" if split == "val" else "train") else ""
     protocol = (f"{args.data} {split}{seen}, {len(data)} images, {N} classes; windows of {args.crop}, stride "
                 f"{math.ceil(args.crop * 2 / 3)}; scales {' '.join(f'{scale:g}' for scale in args.scales)}"
                 f"{', mirrored too' if args.flip else ''}; classes without a pixel left out of the mean")
@@ -206,6 +206,8 @@ def predict(model: nn.Module, args) -> None:
     given = [Path(x) for x in args.predict[1:]]
     pictures = [x for p in given for x in (sorted(p.iterdir()) if p.is_dir() else [p])
                 if x in given or x.suffix.lower() in PICTURES]
+    if not pictures:
+        sys.exit(f"--predict: no pictures ({', '.join(PICTURES)}) in {' '.join(map(str, given))}")
     if len({picture.stem for picture in pictures}) < len(pictures):
         sys.exit("--predict: two pictures have the same name, and so would their results")
     palette = [tuple(colour) for colour in args.saved["palette"]]

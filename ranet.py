@@ -27,9 +27,10 @@ differentiable; what they make together; `RCB`, `RIB` and `RANet` for batches; t
     A^g, W^g   Ag, Wi          [P, M], [P, P]   eq. 7: global context; its weights (the paper's second W^g)
     O, W^d     O, Wd           [HW, M], [HW, P] eq. 8: contextual features; their weights
 
-Pixels are numbered in raster order; i and j are pixels, p and r representatives. labels and reps are int64, the rest
-floating-point of one type. Below a docstring's formula stands what goes in -> what comes out, and what receives a
-gradient. At 97 x 97 a [HW, HW] matrix takes 338 MiB in float32.
+Pixels are numbered in raster order; i and j are pixels, q and s regions, p_{q,k} the k-th representative of R_q (p and
+r in comments; in p_{s,i} and p_{q,j} the letters i and j count representatives, as in the paper). labels and reps are
+int64, the rest floating-point of one type. Below a docstring's formula stands what goes in -> what comes out, and what
+receives a gradient. At 97 x 97 a [HW, HW] matrix takes 338 MiB in float32.
 
 How the paper is read where it is silent or contradicts itself (docs/differences.md has the effects):
 
@@ -52,7 +53,8 @@ How the paper is read where it is silent or contradicts itself (docs/differences
     R15  A is a 3 x 3 convolution of the features; the segmentation sees [A, O]; RIB has no parameters
 
 Wrong input raises a ValueError of one line: the argument, what was expected, what came. Values (ranges, sums, NaN)
-are looked at only on the CPU; on another device that would have to wait for it. Computation is in float32 at least.
+are looked at only on the CPU; on another device that would have to wait for it. The modules compute in float32 at
+least, the functions in the type that they are given.
 
     import torch, ranet
     backbone = torch.nn.Conv2d(3, 64, 8, stride=8)          # any module that returns [b, in_channels, H, W]
@@ -168,8 +170,8 @@ def regularize(F: Tensor, Wg: Tensor, size: tuple[int, int]) -> Tensor:
     """
     _check(F=F, Wg=Wg)
     _expect(len(Wg) % 2 == 1, "Wg", "an odd k", Wg)
-    pair = isinstance(size, (tuple, list)) and len(size) == 2
-    _expect(pair and size[0] * size[1] == len(F), "size", f"(H, W) with HW = {len(F)}", size)
+    ok = isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+    _expect(ok and size[0] * size[1] == len(F), "size", f"(H, W) with HW = {len(F)}", str(size))
     return _smooth(F, Wg, size)
 
 
@@ -234,12 +236,12 @@ def _numbered(first: Tensor) -> Tensor:
 def join_lone_pixels(labels: Tensor, Fg: Tensor) -> Tensor:
     r"""R4b: every region of one pixel joins the region of two or more that it is most attached to.
 
-    .. math:: q_i = \arg\max_{q:\, |R_q| > 1} \frac{1}{|R_q|} \sum_{j \in R_q} \frac{F^g_{i,j} + F^g_{j,i}}{2}
-              \quad \text{where } |R_{q_i}| = 1
+    .. math:: q'_i = \arg\max_{q:\, |R_q| > 1} \frac{1}{|R_q|} \sum_{j \in R_q} \frac{F^g_{i,j} + F^g_{j,i}}{2}
+              \quad \text{for the pixels } i \text{ with } |R_{q_i}| = 1
 
-    A boundary pixel has D_ii = B_i, so it is not even grouped with itself; yet the paper's regions have 400
-    pixels and hold "pixels near the object boundary". All lone pixels join at once; of equal attachments the
-    lower region number holds. Where no region has two pixels nothing changes.
+    q_i is the region before, q'_i after. A boundary pixel has D_ii = B_i, so it is not even grouped with itself;
+    yet the paper's regions have 400 pixels and hold "pixels near the object boundary". All lone pixels join at
+    once; of equal attachments the lower region number holds. Where no region has two pixels nothing changes.
 
     labels [HW], F^g [HW, HW] -> labels [HW]: 0..Q-1, numbered by their first pixel. Gradient: none.
     """
@@ -479,6 +481,7 @@ class RIB(nn.Module):
     @torch.compiler.disable     # P, the number of representatives, is another one for every image
     def forward(self, A: Tensor, regions: Regions) -> Tensor:
         """A [b, M, H, W] and the regions of `RCB` to O [b, M, H, W], of A's type."""
+        _expect(isinstance(regions, tuple) and len(regions) == 2, "regions", "what RCB returns", regions)
         labels, J = regions
         _expect(_is_tensor(A, 4) and A.is_floating_point(), "A", "floating-point features [b, M, H, W]", A)
         for name, map_ in (("labels", labels), ("J", J)):
@@ -516,13 +519,15 @@ class RANet(nn.Module):
     backbone: a module from images [b, 3, h, w] to features [b, in_channels, H, W]. Stride 8 in the paper.
     num_classes, channels: N, M. representatives, intra, inter: see `RIB`. kernel_size to join_lone: see `RCB`.
     dropout: the share of feature channels dropped before the classifier.
+    own: True gives RIB weights of its own, which the equations do not have: it works on A after a 1 x 1 convolution
+        and a normalisation, times M^(-1/4), and O goes through another 1 x 1 convolution (R15).
     context: a module from A [b, M, H, W] to O [b, M, H, W] that takes the place of RCB and RIB.
     """
 
     def __init__(self, backbone: nn.Module, in_channels: int, num_classes: int, channels: int = 512, *,
                  representatives: int = 8, kernel_size: int = 3, threshold: float = 0.8, cues: str = "both",
                  joint: bool = True, join_lone: bool = True, intra: bool = True, inter: bool = True,
-                 dropout: float = 0.1, context: nn.Module | None = None):
+                 own: bool = False, dropout: float = 0.1, context: nn.Module | None = None):
         super().__init__()
         _check_settings(in_channels=in_channels, num_classes=num_classes, channels=channels)
         self.backbone = backbone
@@ -531,10 +536,13 @@ class RANet(nn.Module):
         self.boundary = nn.Conv2d(channels, 1, 1)
         self.semantic = nn.Conv2d(channels, num_classes, 1)
         nn.init.constant_(self.boundary.bias, -2.944)           # the logit of 0.05 (R13)
-        self.context = context
+        self.context, self.own = context, own
         if context is None:
             self.rcb = RCB(kernel_size, threshold, cues, joint, join_lone)
             self.rib = RIB(representatives, intra, inter)
+        if own:
+            self.embed = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+            self.out = nn.Conv2d(channels, channels, 1, bias=False)
         self.norm = nn.BatchNorm2d(channels)                    # (R14)
         nn.init.constant_(self.norm.weight, 0.25)               # O starts small (R14b)
         self.fuse = nn.Sequential(
@@ -557,7 +565,9 @@ class RANet(nn.Module):
             B = _at_least_float32(boundary).sigmoid()           # [b, H, W]
             C = _at_least_float32(coarse).softmax(1)            # [b, N, H, W]  over the classes
             regions = self.rcb(B, C)
-            O = self.rib(A, regions)                            # [b, M, H, W]
+            X = self.embed(A) * A.shape[1] ** -0.25 if self.own else A      # [b, M, H, W]
+            O = self.rib(X, regions)                            # [b, M, H, W]
+            O = self.out(O) if self.own else O                  # [b, M, H, W]
         else:
             regions, O = None, self.context(A)
         fine = self.classify(self.fuse(torch.cat((A, self.norm(O)), 1)))    # [b, N, H, W]
@@ -594,7 +604,7 @@ def ranet_loss(output: Output, label: Tensor, mask: Tensor, weights: tuple[float
     _expect(_is_tensor(mask, 3) and mask.shape == label.shape, "mask", f"label's shape, {list(label.shape)}", mask)
     if label.device.type == "cpu":
         bad = label[((label < 0) | (label >= N)) & (label != 255)]
-        _expect(len(bad) == 0, "label", f"0..{N - 1} or 255", bad[:1].tolist())
+        _expect(len(bad) == 0, "label", f"0..{N - 1} or 255", str(bad[:1].tolist()))
     pixels, cells = label_counts(label, mask, output.boundary.shape[1:]) if counts is None else counts
     fine, coarse = (nn.functional.cross_entropy(_at_least_float32(x), label, ignore_index=255, reduction="sum")
                     / pixels.clamp_min(1) for x in (output.fine, output.coarse))   # mean over the labelled pixels
@@ -613,7 +623,7 @@ def pool_boundary(mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def label_counts(label: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """[2]: how many pixels are labelled, and how many cells of B's grid of that size."""
+    """[2]: the number of labelled pixels, and of the cells of B's grid, of that size, that hold one."""
     return torch.stack(((label != 255).sum(), pool_boundary(mask, size)[1].sum())).float()
 
 
@@ -701,8 +711,8 @@ def _divergence(Ci: Tensor, Cj: Tensor, dE: Tensor | None = None) -> tuple[Tenso
         E.addcmul_(U2, log, value=-1)
         if dE is not None:
             log *= dE
-            di[:, n] -= log.sum(2)                              # over the pixels j
-            dj[:, n] -= log.sum(1)                              # over the pixels i
+            di[:, n].sub_(log.sum(2))                             # over the pixels j
+            dj[:, n].sub_(log.sum(1))                             # over the pixels i
     return E.div_(2).clamp_(0, 1), di, dj
 
 
@@ -716,7 +726,7 @@ def _gather_lines(B: Tensor, D: Tensor, steps: Tensor) -> None:
     D, steps = D.view(b, -1).T, steps.view(b, -1).T             # [HW HW, b]; steps can be empty
     for axes in ("xy",) if H == W else ("x", "y"):              # the longer axis; a square map takes both at once
         field = torch.cat([(B if axis == "x" else B.mT).permute(1, 2, 0) for axis in axes], 2)     # [h, w, g]
-        h, w, g = field.shape
+        h, w, g = field.shape                                   # the shorter and the longer axis; b len(axes) maps
         slope = torch.cat((field.diff(dim=0), torch.zeros_like(field[:1])))     # [h, w, g]
         c = torch.arange(w, device=B.device)                    # [w]
         part = c.to(B.dtype)[:, None, None]                     # [w, 1, 1]
@@ -775,7 +785,7 @@ def _walk_lines(B: Tensor, reach: int, D: Tensor | None = None, steps: Tensor | 
 
 
 def _reach(labels: Tensor, W: int) -> int:
-    """The longer side of the widest region [HW]."""
+    """The most steps that a line within one of the regions [HW] has."""
     pixel = torch.arange(len(labels), device=labels.device)     # [HW]
     last, first = (torch.zeros(2, len(labels), dtype=torch.long, device=labels.device).scatter_reduce(
         1, labels.expand(2, -1), torch.stack((pixel // W, pixel % W)), end, include_self=False)
@@ -827,19 +837,19 @@ def _gradient(B, C, Wg, labels, dJ, steps, cues, needs):
                 near, far, part = _line(V[r, None].int(), V[s].int(), step.int(), W, B.dtype)
                 lower, upper = (flat.index_select(0, at_.flatten()).view(part.shape) for at_ in (near, far))
                 D = lower + part * (upper - lower)              # [r, s]
-            dE = omega * (D - 1)                                # [r, s]
             if cues != "boundary":
+                dE = omega * (D - 1)                            # [r, s]
                 E, di, dj = (x[0] for x in _divergence(c[..., r], c[..., s], dE[None]))
-                dc[0, :, r] += di
-                dc[0, :, s] += dj
+                dc[0, :, r].add_(di)
+                dc[0, :, s].add_(dj)
             if cues != "semantic" and needs[0]:
                 dD = omega * (E - 1)                            # [r, s]
                 dB.index_add_(0, near.flatten(), (dD * (1 - part)).flatten())
                 dB.index_add_(0, far.flatten(), (dD * part).flatten())
             if needs[2] and k > 1:
                 F = ((1 - D) * (1 - E)).triu_()                 # [r, s]
-                X[:, s] += wide[:, r] @ F
-                X[:, r] += wide[:, s] @ F.triu(1).T
+                X[:, s].addmm_(wide[:, r], F)
+                X[:, r].addmm_(wide[:, s], F.triu(1).T)
         dC.index_add_(1, V, dc[0] / 2)
         dWg += X.view(-1).index_select(0, at.flatten()).view(k, k, -1).sum(2)   # over the members
     return dB.view_as(B), dC.view(-1, H, W), dWg
@@ -851,7 +861,7 @@ def _expect(ok: bool, name: str, expected: str, got) -> None:
     if not ok:
         if isinstance(got, Tensor):
             got = f"{_name(got.dtype)} {list(got.shape)}"
-        elif not isinstance(got, (str, int, float, list)):
+        elif not isinstance(got, (str, int, float)):
             got = type(got).__name__
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
@@ -898,7 +908,7 @@ def _check_values(name: str, x: Tensor, labels: Tensor | None) -> None:
         _expect(0 <= low and high < len(labels), name, f"pixels 0..{len(labels) - 1}", f"numbers from {low} to {high}")
         q = labels[x]
         ok = bool((q.diff() >= 0).all()) and len(q.unique()) == int(labels.max()) + 1 and len(x.unique()) == len(x)
-        _expect(ok, name, "different pixels of every region, by region", x.tolist()[:9])
+        _expect(ok, name, "different pixels of every region, by region", str(x.tolist()[:9]))
     else:
         low, high = (bound.item() for bound in x.aminmax())
         ok = low >= -1e-6 and high <= 1 + 1e-6                  # what rounding may add; NaN fails
@@ -917,4 +927,4 @@ def _check_settings(**given) -> None:
             ok, expected = isinstance(x, (int, float)) and 0 <= x <= 1, "a number in [0, 1]"
         else:
             ok, expected = isinstance(x, int) and not isinstance(x, bool) and x > 0, "a positive whole number"
-        _expect(ok, name, expected, repr(x))
+        _expect(ok, name, expected, x if isinstance(x, Tensor) else repr(x))

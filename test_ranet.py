@@ -703,6 +703,18 @@ def test_loss_of_an_unlabelled_batch_is_zero():
     assert loss.total.item() == 0
 
 
+def test_ranet_with_weights_of_its_own_exchanges_projected_features():
+    torch.manual_seed(0)
+    model, seen = ranet.RANet(torch.nn.Conv2d(3, 16, 1), 16, 3, 16, own=True).eval(), []
+    for module in (model.embed, model.rib, model.out, model.norm):
+        module.register_forward_hook(lambda _module, given, out: seen.append((*given, out)))
+    model(torch.rand(1, 3, 6, 7))
+    (A, X), (given, regions, O), (sent, out), (met, _) = seen
+    close(given, X / 2)                                         # 16 ** -0.25
+    close(O, model.rib(given, regions))
+    assert sent is O and met is out and A.amin() == 0 > X.amin()
+
+
 # --- the file --------------------------------------------------------------------------------------------
 def test_file_needs_torch_alone_and_is_silent(tmp_path):
     source = (ROOT / "ranet.py").read_text()
@@ -849,7 +861,7 @@ MUTATIONS = [
     ("rcb", "torch.where(gap < 0, n, 1)", "torch.full_like(gap, 1)"),                               # i > j
     ("rcb", "sum(1)[:, :, None] + (Cj", "sum(1)[:, :, None] - (Cj"),
     ("rcb", "omega.diagonal().div_(2)", "pass"),                                                    # i = j twice
-    ("rcb", "dj[:, n] -= log.sum(1)", "pass"),                                                      # one side of E
+    ("rcb", "dj[:, n].sub_(log.sum(1))", "pass"),                                                   # one side of E
     ("rcb", "(dD * part).flatten()", "dD.flatten()"),
     ("rcb", "F.triu(1).T", "F.T"),
 ]

@@ -160,12 +160,15 @@ class NonLocal(nn.Module):
 
 PEERS = {"none": lambda M: NoContext(), "spp": PyramidPooling, "nonlocal": NonLocal}
 RANETS = {"ranet": {}, "boundary": {"cues": "boundary"}, "semantic": {"cues": "semantic"},
-          "no-intra": {"intra": False}, "no-inter": {"inter": False}, "no-joint": {"joint": False}}     # (R10, R4)
+          "no-intra": {"intra": False}, "no-inter": {"inter": False}, "no-joint": {"joint": False},
+          "own": {"own": True}}                                 # (R10, R4, R15)
 
 
 def build(args, num_classes: int, weights: str = "none") -> ranet.RANet:
     backbone, in_channels = make_backbone(args.backbone, weights, args.strides)
     M = args.channels or (64 if args.backbone == "small" else 512)
+    if args.context in ("spp", "nonlocal") and M % 4:
+        sys.exit(f"--channels {M}: --context {args.context} needs a multiple of 4")
     context = ({"context": PEERS[args.context](M)} if args.context in PEERS else
                dict(representatives=args.k, **RANETS[args.context]))
     return ranet.RANet(backbone, in_channels, num_classes, M, **context)
@@ -301,7 +304,7 @@ def train(args) -> None:
                     "step": done, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "args": {key: getattr(args, key) for key in SETTINGS},
                     "classes": list(data.classes), "palette": [list(colour) for colour in data.palette]})
-    except (KeyboardInterrupt, ValueError, OSError) as error:
+    except (KeyboardInterrupt, ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
         kept = f"{last} is whole, and --resume goes on from it" if last.exists() else "there is no checkpoint yet"
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
         sys.exit(f"training stopped at step {step}: {reason}; {kept}")
@@ -392,8 +395,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         sys.exit("--gpus starts its own processes: leave it out under torchrun")
     if args.gpus and args.gpus > torch.cuda.device_count():
         sys.exit(f"--gpus {args.gpus}: this machine shows {torch.cuda.device_count()} GPUs")
-    if args.backbone == "small" and args.weights not in (None, "none"):
-        sys.exit("--backbone small has no trained weights")
+    if args.scale[0] > args.scale[1]:
+        sys.exit(f"--scale {args.scale[0]:g} {args.scale[1]:g}: expected the lower one first")
+    if args.backbone == "small" and (args.strides or args.weights not in (None, "none")):
+        sys.exit("--backbone small has no --strides to choose and no trained weights")
     args.weights = args.weights or ("none" if args.backbone == "small" else "imagenet")
     args.out = args.out or str(out / ("predictions" if args.predict else ""))
     args.command, args.path, args.saved = command, path, saved

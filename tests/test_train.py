@@ -346,12 +346,12 @@ def test_train_scales_and_mirrors_are_averaged():
     *((flags, flags.split()[0]) for flags in ("--steps 0", "--nonsense", "--context other", "--lr nan", "--seed -1",
                                               "--workers -1", "--flip", "--split val", "--gpus 4000")),
     ("--context none --k 3", "--k"), ("--strides 7 --backbone resnet18", "strides 2 4 8 16 32"),
-    ("--backbone resnet9999", "resnet9999"), ("--backbone small --weights imagenet", "small"),
-    ("--backbone resnet18 --weights missing.pth", "missing.pth"),
-    ("--backbone vit_tiny_patch14_reg4_dinov2 --weights none", "vit_tiny"),
-    ("--data other", "other"), ("--data cityscapes", "root"), ("--root x", "root"), ("--split trainval", "trainval"),
-    ("--split train+coarse", "train+coarse"), ("--eval missing.pt", "missing.pt"), ("--eval .", "checkpoint"),
-    ("--eval child.py", "child.py")])
+    ("--strides 8", "small"), ("--backbone small --weights imagenet", "small"), ("--backbone resnet9999", "resnet9999"),
+    ("--backbone resnet18 --weights missing.pth", "missing.pth"), ("--context spp --channels 66", "--channels 66"),
+    ("--backbone vit_tiny_patch14_reg4_dinov2 --weights none", "vit_tiny"), ("--data other", "other"),
+    ("--scale 2 1", "--scale"), ("--data cityscapes", "root"), ("--root x", "root"), ("--split trainval", "trainval"),
+    ("--split train+coarse", "train+coarse"), ("--eval missing.pt", "missing.pt"), ("--eval child.py", "child.py"),
+    ("--eval .", "checkpoint")])
 def test_train_mistakes_take_one_line(flags, part):
     assert part in fails(*flags.split())
     assert os.listdir() == ["child.py"]
@@ -434,6 +434,7 @@ def test_train_predictions_are_ids_with_colours_and_replace_only_predictions(pho
     Path("pictures").mkdir()
     for name, mode in (("a", "RGB"), ("b", "L")):
         Image.new(mode, (24, 20), 90).save(f"pictures/{name}.jpg")
+    assert "no pictures (" in fails("--predict", "out/last.pt", "set/train")
     assert "same name" in fails("--predict", "out/last.pt", "pictures", "other/a.png")
     run("--predict", "out/last.pt", "pictures", "--out", "new")
     assert "new/b_overlay.png\n" in capsys.readouterr().out
