@@ -13,7 +13,7 @@
     batch = TrainingSet(scenes, crop=72)    # indexed by (index, seed): image, label, boundary mask
 
 Every data set has `len()`, `classes` (N names) and `palette` (N colours). What is wrong with its files is a `DataError`
-that names the file. A split without labels has labels of 255 only. Rn in a comment is a line of docs/differences.md.
+that names the file. A split without labels has labels of 255 only. Rn in a comment is a section of docs/differences.md.
 """
 import colorsys
 import contextlib

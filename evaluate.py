@@ -142,7 +142,7 @@ def iou(matrix: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, data, split: str, trained: str, args, predictions: Path | None = None) -> dict:
-    """mIoU of both maps, every image once, on one process. `trained`: the split that the weights have seen;
+    """mIoU of both maps, each image once, by one of the processes. `trained`: the split that the weights have seen;
     `predictions`: where Cityscapes' label ids go."""
     model.eval()
     N = len(data.classes)

@@ -345,13 +345,12 @@ def test_train_scales_and_mirrors_are_averaged():
 @pytest.mark.parametrize("flags, part", [
     *((flags, flags.split()[0]) for flags in ("--steps 0", "--nonsense", "--context other", "--lr nan", "--seed -1",
                                               "--workers -1", "--flip", "--split val", "--gpus 4000")),
-    ("--context none --k 3", "--k"), ("--strides 7 --backbone resnet18", "strides 2 4 8 16 32"),
+    ("--context none --k 3", "--k"), ("--strides 7 --backbone resnet18", "strides 2 4 8 16 32"), ("--eval .", "check"),
     ("--strides 8", "small"), ("--backbone small --weights imagenet", "small"), ("--backbone resnet9999", "resnet9999"),
     ("--backbone resnet18 --weights missing.pth", "missing.pth"), ("--context spp --channels 66", "--channels 66"),
     ("--backbone vit_tiny_patch14_reg4_dinov2 --weights none", "vit_tiny"), ("--data other", "other"),
     ("--scale 2 1", "--scale"), ("--data cityscapes", "root"), ("--root x", "root"), ("--split trainval", "trainval"),
-    ("--split train+coarse", "train+coarse"), ("--eval missing.pt", "missing.pt"), ("--eval child.py", "child.py"),
-    ("--eval .", "checkpoint")])
+    ("--split train+coarse", "train+coarse"), ("--eval missing.pt", "missing.pt"), ("--eval child.py", "child.py")])
 def test_train_mistakes_take_one_line(flags, part):
     assert part in fails(*flags.split())
     assert os.listdir() == ["child.py"]
