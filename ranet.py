@@ -848,8 +848,8 @@ def _gradient(B, C, Wg, labels, dJ, steps, cues, needs):
                 dB.index_add_(0, far.flatten(), (dD * part).flatten())
             if needs[2] and k > 1:
                 F = ((1 - D) * (1 - E)).triu_()                 # [r, s]
-                X[:, s].addmm_(wide[:, r], F)
-                X[:, r].addmm_(wide[:, s], F.triu(1).T)
+                X[:, s].add_(wide[:, r] @ F)
+                X[:, r].add_(wide[:, s] @ F.triu(1).T)
         dC.index_add_(1, V, dc[0] / 2)
         dWg += X.view(-1).index_select(0, at.flatten()).view(k, k, -1).sum(2)   # over the members
     return dB.view_as(B), dC.view(-1, H, W), dWg
