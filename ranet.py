@@ -420,8 +420,8 @@ class Regions(NamedTuple):
 class RCB(nn.Module):
     r"""The region construction block, eqs. 1-5: cuts each image of a batch into regions.
 
-    `construct_regions` of each image, in little memory: one [HW, HW] matrix of B's type and one of bool forward,
-    one of a byte a pair (two from 257 pixels a side on) backward, kept in between where calls cost more than memory.
+    `construct_regions` of each image. On a CPU with one [HW, HW] matrix of float32 and one of bool forward, and one of
+    a byte a pair backward (two from 257 pixels a side on); on other devices blocks are larger, up to whole matrices.
 
     kernel_size: k of W^g, odd. W^g is the softmax of k x k logits, so that F^g and J stay in [0, 1]; at the
         start its centre weighs 0.87 (k = 3). With k = 1 there is no parameter and F^g = F.
