@@ -50,7 +50,7 @@ How the paper is read where it is silent or contradicts itself (docs/differences
     R13  B starts at 0.05, so that the first map is one region
     R14  O is batch-normalised before it meets A, since |O| grows with Q
     R14b the weight of that normalisation starts at 0.25: regions mean nothing in the first steps
-    R15  A is a 3 x 3 convolution of the features; the segmentation sees [A, O]; RIB has no parameters
+    R15  A is a 3 x 3 convolution of the features; the segmentation sees [A, O]; RIB has no parameters but with `own`
 
 Wrong input raises a ValueError of one line: the argument, what was expected, what came. Values (ranges, sums, NaN)
 are looked at only on the CPU; on another device that would have to wait for it. The modules compute in float32 at
@@ -540,9 +540,9 @@ class RANet(nn.Module):
         if context is None:
             self.rcb = RCB(kernel_size, threshold, cues, joint, join_lone)
             self.rib = RIB(representatives, intra, inter)
-        if own:
-            self.embed = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
-            self.out = nn.Conv2d(channels, channels, 1, bias=False)
+            if own:
+                self.embed = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+                self.out = nn.Conv2d(channels, channels, 1, bias=False)
         self.norm = nn.BatchNorm2d(channels)                    # (R14)
         nn.init.constant_(self.norm.weight, 0.25)               # O starts small (R14b)
         self.fuse = nn.Sequential(
@@ -711,8 +711,8 @@ def _divergence(Ci: Tensor, Cj: Tensor, dE: Tensor | None = None) -> tuple[Tenso
         E.addcmul_(U2, log, value=-1)
         if dE is not None:
             log *= dE
-            di[:, n].sub_(log.sum(2))                             # over the pixels j
-            dj[:, n].sub_(log.sum(1))                             # over the pixels i
+            di[:, n].sub_(log.sum(2))                           # over the pixels j
+            dj[:, n].sub_(log.sum(1))                           # over the pixels i
     return E.div_(2).clamp_(0, 1), di, dj
 
 

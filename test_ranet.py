@@ -703,7 +703,7 @@ def test_loss_of_an_unlabelled_batch_is_zero():
     assert loss.total.item() == 0
 
 
-def test_ranet_with_weights_of_its_own_exchanges_projected_features():
+def test_own_weights_stand_before_and_after_rib():
     torch.manual_seed(0)
     model, seen = ranet.RANet(torch.nn.Conv2d(3, 16, 1), 16, 3, 16, own=True).eval(), []
     for module in (model.embed, model.rib, model.out, model.norm):
@@ -864,6 +864,8 @@ MUTATIONS = [
     ("rcb", "dj[:, n].sub_(log.sum(1))", "pass"),                                                   # one side of E
     ("rcb", "(dD * part).flatten()", "dD.flatten()"),
     ("rcb", "F.triu(1).T", "F.T"),
+    ("own", "self.embed(A) * A.shape[1] ** -0.25 if", "self.embed(A) if"),
+    ("own", "O = self.out(O) if self.own else O", "self.out(O) if self.own else O"),                # not used
 ]
 
 
