@@ -603,8 +603,9 @@ def ranet_loss(output: Output, label: Tensor, mask: Tensor, weights: tuple[float
             "label", f"int64 of shape {list(output.fine[:, 0].shape)}", label)
     _expect(_is_tensor(mask, 3) and mask.shape == label.shape, "mask", f"label's shape, {list(label.shape)}", mask)
     if label.device.type == "cpu":
-        bad = label[((label < 0) | (label >= N)) & (label != 255)]
-        _expect(len(bad) == 0, "label", f"0..{N - 1} or 255", str(bad[:1].tolist()))
+        for name, x, last in (("label", label, N - 1), ("mask", mask, 1)):
+            bad = x[((x < 0) | (x > last)) & (x != 255)]
+            _expect(len(bad) == 0, name, f"0..{last} or 255", str(bad[:1].tolist()))
     pixels, cells = label_counts(label, mask, output.boundary.shape[1:]) if counts is None else counts
     fine, coarse = (nn.functional.cross_entropy(_at_least_float32(x), label, ignore_index=255, reduction="sum")
                     / pixels.clamp_min(1) for x in (output.fine, output.coarse))   # mean over the labelled pixels

@@ -337,10 +337,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     yes = {"action": "store_true"}
     first = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     first.error = sys.exit                  # one line, as for every other mistake
-    add = first.add_argument
-    add("--eval", metavar="CHECKPOINT", help="mIoU; on Cityscapes' test split, label maps for its server")
-    add("--predict", nargs="+", metavar=("CHECKPOINT", "IMAGE"), help="a mask (its numbers are the ids) and an overlay")
-    add("--resume", **yes, help="continue the run in --out, or start it if it has no checkpoint yet")
+    one, add = first.add_mutually_exclusive_group().add_argument, first.add_argument
+    one("--eval", metavar="CHECKPOINT", help="mIoU; on Cityscapes' test split, label maps for its server")
+    one("--predict", nargs="+", metavar=("CHECKPOINT", "IMAGE"), help="a mask (its numbers are the ids) and an overlay")
+    one("--resume", **yes, help="continue the run in --out, or start it if it has no checkpoint yet")
     add("--out", help="folder of results (runs/DATA-CONTEXT; beside the checkpoint for --eval, --predict)")
     add("--data", choices=RECIPES, help="data set (shapes, which is generated)")
     add("--context", choices=(*RANETS, *PEERS), help="what makes O: the rows of Table 1 and of section 5.1 (ranet)")
@@ -389,8 +389,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for key in () if not known else SETTINGS if command == "training" else MODEL:
         if getattr(args, key) != known.get(key) and key != "root":
             sys.exit(f"--{key} {getattr(args, key)} contradicts {path}, which was trained with {known.get(key)}")
-    if args.predict and (len(args.predict) == 1 or args.resume or args.eval or args.data != known["data"]):
-        sys.exit("--predict: expected a checkpoint and pictures, and no --resume, --eval or --data")
+    if args.predict and (len(args.predict) == 1 or args.data != known["data"]):
+        sys.exit("--predict: expected a checkpoint and pictures, and no --data")
     if args.gpus and "RANK" in os.environ:
         sys.exit("--gpus starts its own processes: leave it out under torchrun")
     if args.gpus and args.gpus > torch.cuda.device_count():
