@@ -363,7 +363,7 @@ def test_train_checkpoints_that_do_not_fit():
             ("--resume --steps 2", "--steps"), ("--resume --context spp", "--context"),
             ("--eval out/last.pt --context ranet", "--context"), ("--eval out/last.pt --steps 3", "--steps"),
             ("--predict out/last.pt a.png --data folder", "--data"), ("--predict out/last.pt", "pictures"),
-            ("--eval out/last.pt --predict out/last.pt a.png", "--predict"), ("--eval out/last.pt --resume", "--resume")):
+            ("--predict out/last.pt a.png --eval x.pt", "--eval"), ("--eval out/last.pt --resume", "--resume")):
         assert said in fails("--out", "out", *flags.split())
     for changed, said in (
             ({**checkpoint, "classes": ["a"]}, "class 0 is 'a' in x.pt and 'ground' in the data (1 and 7 classes)"),
