@@ -20,8 +20,9 @@ import ranet  # pictures.py has put its folder on the path
 
 PAGE, MARK = Path(__file__).with_name("explore.html"), "const SCENES = "
 START = {"tau": 0.8, "centre": 0.87, "K": 8, "cues": "both", "join_lone": True, "intra": True, "inter": True}
-SETTINGS = [START | changed for changed in ({}, {"tau": 0.5, "cues": "boundary", "K": 3}, {
-    "cues": "semantic", "intra": False, "centre": 0.6}, {"join_lone": False, "inter": False, "K": 1})]
+SETTINGS = [START | changed for changed in (
+    {}, {"tau": 0.5, "cues": "boundary", "K": 3}, {"cues": "semantic", "intra": False, "centre": 0.6},
+    {"join_lone": False, "inter": False, "K": 1})]
 
 
 def text(x: Tensor) -> str:

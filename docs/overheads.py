@@ -238,7 +238,6 @@ def peak(name: str, n: int, M: int, N: int, device: str, backward: bool) -> str:
 
 def child(name: str, n: int, M: int, N: int, backward: bool) -> None:
     """Prints the bytes of `peak`. Running out of memory must end this process and no other."""
-
     def in_proc(file: str, key: str) -> int:
         return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc", file).read_text())[1])
 

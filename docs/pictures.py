@@ -141,7 +141,7 @@ def growth(pictures: list[str], flags: list[str]) -> Image.Image:
     steps = [args.steps * share // 20 for share in (0, 1, 2, 5, 10, 20)]        # of these train.py saves all but 0
     rows = [{"image": center_crop(picture(name), [args.crop])} for name in pictures]
     torch.manual_seed(args.seed)                                # step 0: the weights that train.py starts from
-    model = train.build(args, len(load(args.data, args.root).classes)).eval()
+    model = train.build(args, len(load(args.data, args.root).classes), args.weights).eval()
 
     @torch.no_grad()
     def draw(_path: Path | None, checkpoint: dict) -> None:     # stands for train.save

@@ -22,11 +22,12 @@ FLAGS = ["--steps", "2", "--crop", "40", "--batch", "4", "--workers", "0"]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The checkpoint of two steps of training, and the picture of another such run."""
-    folder = tmp_path_factory.mktemp("run")
+    folder, built = tmp_path_factory.mktemp("run"), []
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build", lambda *given, build=train.build: built.append(given[1:]) or build(*given))
         patch.setattr(data.Shapes, "splits", {"train": 16, "val": 3, "test": 3})
         train.main(["--out", str(folder), *FLAGS])
-        return folder / "last.pt", pictures.growth(["0", "2"], FLAGS)
+        return folder / "last.pt", pictures.growth(["0", "2"], FLAGS), built
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_weights_show_the_weights_and_fade_what_has_none(drawn):
 
 
 def test_growth_draws_the_regions_of_each_step(trained):
-    path, whole = trained
+    path, whole, built = trained
     (model, args, checkpoint), seen = pictures.network(path), set()
     torch.manual_seed(0)
     for column, state in ((1, train.build(args, 7).state_dict()), (3, checkpoint["model"])):    # steps 0, 1 and 2
@@ -111,7 +112,7 @@ def test_growth_draws_the_regions_of_each_step(trained):
             assert torch.equal(cut(whole, row, 0), pictures.tile(image))
             assert torch.equal(cut(whole, row, column), pictures.tile(drawn))
             seen.add(drawn.numpy().tobytes())
-    assert len(seen) == 4                                       # the steps differ
+    assert len(seen) == 4 and built[-2] == built[-1]            # the steps differ; step 0 has the training's weights
 
 
 def run(monkeypatch, *given):
