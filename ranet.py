@@ -633,7 +633,7 @@ def label_counts(label: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _numbers(x: Tensor) -> int:
     """How many numbers a block may hold: what a processor's cache takes, or what keeps a GPU busy."""
-    return 2 ** 19 if x.device.type == "cpu" else 2 ** 27
+    return 2 ** 19 if x.device.type == "cpu" else 2 ** 25
 
 
 def _few_calls(B: Tensor) -> bool:
@@ -650,7 +650,7 @@ class _RegionsOfBatch(torch.autograd.Function):
         ctx.cues, ctx.kind = cues, torch.uint8 if max(B.shape[1:]) <= 256 else torch.int16      # of a step
         keep = _few_calls(B) and cues != "semantic" and any(ctx.needs_input_grad)
         steps = B.new_zeros(b, n if keep else 0, n, dtype=ctx.kind)
-        few = max(1, _numbers(B) // n ** 2)                     # images together
+        few = max(1, (_numbers(B) if B.device.type == "cpu" else 2 ** 27) // n ** 2)  # images together
         parts = zip(B.split(few), C.split(few), steps.split(few))
         parts = [_construct(*part, Wg, threshold, cues, join_lone) for part in parts]
         labels, J = map(torch.cat, zip(*parts))                 # [b, HW]

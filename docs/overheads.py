@@ -317,7 +317,7 @@ class Calls(TorchDispatchMode):
 
 def calls(n: int, M: int, N: int) -> None:
     rows, quiet = [], {name: lambda *args, **options: None for name in vars(ranet) if name.startswith("_check_")}
-    with mock.patch.multiple(ranet, _few_calls=lambda B: True, _numbers=lambda x: 2 ** 27, **quiet):     # as on a GPU
+    with mock.patch.multiple(ranet, _few_calls=lambda B: True, _numbers=lambda x: 2 ** 25, **quiet):     # as on a GPU
         for kind in ("objects", "one"):
             block, (A, B, C), dO = make(kind, n, M, N, "cpu")
             with Calls() as rcb:
