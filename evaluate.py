@@ -78,7 +78,7 @@ def restore(model: nn.Module, checkpoint: dict, path: str | Path, classes: Seque
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError:
-        sys.exit(f"{path} holds the weights of another model")
+        sys.exit(f"{path} holds the weights of another model, or of an earlier version")
 
 
 def writable(out: Path) -> None:

@@ -27,18 +27,17 @@ differentiable; what they make together; `RCB`, `RIB` and `RANet` for batches; t
     A^g, W^g   Ag, Wi          [P, M], [P, P]   eq. 7: global context; its weights (the paper's second W^g)
     O, W^d     O, Wd           [HW, M], [HW, P] eq. 8: contextual features; their weights
 
-Pixels are numbered in raster order; i and j are pixels, q and s regions, p_{q,k} the k-th representative of R_q (p and
-r in comments; in p_{s,i} and p_{q,j} the letters i and j count representatives, as in the paper). labels and reps are
-int64, the rest floating-point of one type. Below a docstring's formula stands what goes in -> what comes out, and what
-receives a gradient. At 97 x 97 a [HW, HW] matrix takes 338 MiB in float32.
+i, j: pixels, in raster order. q, s: regions. p, r: representatives (the paper's p_{q,k} and p_{s,i}). labels and reps
+are int64, the rest floating-point of one type. Below a docstring's formula stands what goes in -> what comes out, and
+what receives a gradient. At 97 x 97 a [HW, HW] matrix takes 338 MiB in float32.
 
 How the paper is read where it is silent or contradicts itself (docs/differences.md has the effects):
 
     R1   eq. 1: a sample at every step of the line's longer axis, interpolated along the other; both ends belong
     R2   eq. 2: the Jensen-Shannon divergence with log base 2; as printed it is not 0 at i = j
     R3   eq. 4: one k x k kernel for all rows of F, weights >= 0 of sum 1; the sign is that of the mean minus tau
-    R4   regions: the connected components of G, since G is not transitive
-    R4b  a pixel that is a component by itself joins the region it is most attached to: the paper's sizes
+    R4   regions: the connected components of G, since G is not transitive; a pixel that is a component by itself
+         joins the region it is most attached to, which gives the paper's sizes
     R5   eq. 5: the mean runs over all of R_q, i included
     R6   phi: the min(K, |R_q|) highest J; ties go to the lower-numbered pixel
     R7   eq. 6: the softmax runs over R_q without its representatives; over nothing, the sum is 0
@@ -48,13 +47,13 @@ How the paper is read where it is silent or contradicts itself (docs/differences
     R11  boundary target: two classes within radius 2, max-pooled to B's grid; ignored pixels make no boundary
     R12  losses 1 : 1 : 1; where the paper is silent, the values of its released code or of the field
     R13  B starts at 0.05, so that the first map is one region
-    R14  O is batch-normalised before it meets A, since |O| grows with Q
-    R14b the weight of that normalisation starts at 0.25: regions mean nothing in the first steps
-    R15  A is a 3 x 3 convolution of the features; the segmentation sees [A, O]; RIB has no parameters but with `own`
+    R14  O is batch-normalised before it meets A, since |O| grows with Q; the weight of that normalisation starts at
+         0.25, since regions mean nothing in the first steps
+    R15  A is a 3 x 3 convolution of the features; the segmentation sees [A, O]; RIB has no parameters
 
-Wrong input raises a ValueError of one line: the argument, what was expected, what came. Values (ranges, sums, NaN)
-are looked at only on the CPU; on another device that would have to wait for it. The modules compute in float32 at
-least, the functions in the type that they are given.
+Wrong input raises a ValueError of one line: the argument, what was expected, what came. Ranges, sums and NaN are
+checked on the CPU only: elsewhere a check would wait for the device. The modules compute in float32 at least, the
+functions in the type that they are given.
 
     import torch, ranet
     backbone = torch.nn.Conv2d(3, 64, 8, stride=8)          # any module that returns [b, in_channels, H, W]
@@ -65,6 +64,8 @@ least, the functions in the type that they are given.
 
 Not here: backbones, data sets, boundary masks, the training loop, trained weights, kernels in CUDA or Triton.
 """
+import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -108,16 +109,18 @@ def _on_line(B: Tensor, i: Tensor, j: Tensor, step: Tensor) -> Tensor:
 def _line(i: Tensor, j: Tensor, step: Tensor, W: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The two pixels nearest to a sample, and the share of the second. `step` counts from the line's upper end,
     or from its left end if it is wider than high. Integers whose shapes broadcast to the results'."""
-    y, x = i // W, i % W
-    dy, dx = j // W - y, j % W - x
-    longer = torch.where(dy.abs() < dx.abs(), dx, dy)
-    L = longer.abs().clamp_min(1)
+    dy, dx = j // W - i // W, j % W - i % W
+    wide = dy.abs() < dx.abs()
+    back = torch.where(wide, dx, dy) < 0                        # j is that end
+    start, dy, dx = torch.where(back, j, i), torch.where(back, -dy, dy), torch.where(back, -dx, dx)
+    L = torch.where(wide, dx, dy).clamp_min(1)
     step = torch.minimum(step, L)
-    step = torch.where(longer < 0, L - step, step)              # now from i
+    # Along the longer axis step d / L is whole, so what is left over belongs to the shorter one. In integers, a line
+    # and its reverse meet the same samples.
     down, right = step * dy // L, step * dx // L                # whole pixels,
-    rest = step * (dy + dx) - L * (down + right)                # and L-ths of one, along the shorter axis
-    near = (y + down) * W + x + right
-    far = near + ((rest > 0) * torch.where(dy.abs() < L, W, 1)).to(near.dtype)
+    rest = step * (dy + dx) - L * (down + right)                # and L-ths of one
+    near = start + down * W + right
+    far = near + (rest > 0) * torch.where(wide, W, 1).to(near.dtype)
     return near, far, rest.to(dtype) / L
 
 
@@ -142,7 +145,7 @@ def semantic_divergence(C: Tensor) -> Tensor:
 
 
 def _log2(p: Tensor) -> Tensor:
-    # A constant to autograd, and exactly so: in dE the derivatives of the three logarithms cancel.
+    # Constant to autograd: the three logarithms' own derivatives add up to 0.
     return p.detach().clamp_min(TINY).log2()
 
 
@@ -207,34 +210,28 @@ def connected_regions(G: Tensor) -> Tensor:
     G [HW, HW] bool, symmetric -> labels [HW]: 0..Q-1, numbered by their first pixel. Gradient: none.
     """
     _check(G=G)
-    return _components(G[None])[0]
-
-
-def _components(G: Tensor) -> Tensor:
-    """Labels [b, HW] of b graphs [b, HW, HW]."""
-    b, n = G.shape[:2]
-    first = torch.arange(n, device=G.device).repeat(b, 1)       # [b, HW]  the lowest pixel known to be connected
-    rows = max(1, _numbers(G) // (b * n))
+    n = len(G)
+    first = torch.arange(n, device=G.device)                    # [HW]  the lowest pixel known to be connected
     while True:
-        near = first.int()[:, None]                             # [b, 1, HW]
-        seen = torch.cat([torch.where(edges, near, n).amin(2) for edges in G.split(rows, 1)], 1)    # over neighbours
-        seen = torch.minimum(seen.long(), first)                # [b, HW]
-        # Whole trees move, not pixels: that and full pointer jumping need about log(HW) rounds.
-        last, first = first, first.scatter_reduce(1, first, seen, "amin")
+        seen = torch.where(G, first, n).amin(1)                 # [HW]  over the neighbours
+        # Not i but the tree that i hangs from takes the lower number; then every pixel points at its root. So about
+        # log(HW) rounds do.
+        last, first = first, first.scatter_reduce(0, first, seen, "amin")
         for _ in range(n.bit_length()):
-            first = first.gather(1, first)
+            first = first[first]
         if torch.equal(first, last):
             return _numbered(first)
 
 
-def _numbered(first: Tensor) -> Tensor:
-    """Regions given by their first pixel, [..., HW], as 0..Q-1 in that order."""
-    starts = first == torch.arange(first.shape[-1], device=first.device)
-    return (starts.cumsum(-1) - 1).gather(-1, first)
+def _numbered(names: Tensor) -> Tensor:
+    """Regions of any names in 0..HW-1, [..., HW], as 0..Q-1 by their first pixel."""
+    pixel = torch.arange(names.shape[-1], device=names.device).expand_as(names)
+    first = torch.full_like(names, names.shape[-1]).scatter_reduce(-1, names, pixel, "amin").gather(-1, names)
+    return ((first == pixel).cumsum(-1) - 1).gather(-1, first)  # [..., HW]
 
 
 def join_lone_pixels(labels: Tensor, Fg: Tensor) -> Tensor:
-    r"""R4b: every region of one pixel joins the region of two or more that it is most attached to.
+    r"""Every region of one pixel joins the region of two or more that it is most attached to (R4).
 
     .. math:: q'_i = \arg\max_{q:\, |R_q| > 1} \frac{1}{|R_q|} \sum_{j \in R_q} \frac{F^g_{i,j} + F^g_{j,i}}{2}
               \quad \text{for the pixels } i \text{ with } |R_{q_i}| = 1
@@ -246,24 +243,13 @@ def join_lone_pixels(labels: Tensor, Fg: Tensor) -> Tensor:
     labels [HW], F^g [HW, HW] -> labels [HW]: 0..Q-1, numbered by their first pixel. Gradient: none.
     """
     _check(Fg=Fg, labels=labels)
-    return _join(labels, Fg.detach())
-
-
-def _join(labels: Tensor, Fg: Tensor) -> Tensor:
-    n = len(labels)
     size = labels.bincount()                                    # [Q]
-    large = (size > 1).nonzero()[:, 0]                          # [large]  these regions
-    lone = (size[labels] == 1).nonzero()[:, 0]                  # [lone]   these pixels
-    if len(lone) in (0, n):
+    if len(size) == len(labels):
         return labels
-    member = (labels[:, None] == large).to(Fg)                  # [HW, large]
-    joined = labels.clone()
-    for i in lone.split(max(1, _numbers(Fg) // n)):
-        S = (Fg[i] + Fg[:, i].T) / 2                            # [i, HW]
-        joined[i] = large[(S @ member / size[large]).argmax(1)]     # of the means over each region's pixels
-    pixel = torch.arange(n, device=labels.device)               # [HW]
-    first = torch.full_like(pixel, n).scatter_reduce(0, joined, pixel, "amin")      # [HW]  of each region
-    return _numbered(first[joined])
+    S = (Fg + Fg.T).detach() / 2                                # [HW, HW]
+    member = (labels[:, None] == torch.arange(len(size), device=labels.device)).to(S)       # [HW, Q]
+    mean = (S @ member / size).masked_fill(size == 1, -1)       # [HW, Q]  over the pixels of each region
+    return _numbered(torch.where(size[labels] == 1, mean.argmax(1), labels))
 
 
 # --- Section 3.2: the region interaction block -----------------------------------------------------------
@@ -336,12 +322,8 @@ def inter_region_interaction(Al: Tensor, J: Tensor, labels: Tensor, reps: Tensor
     JAl = J[reps][:, None] * Al                                 # [P, M]  what each representative sends
     region = labels[reps]                                       # [P]
     logits = Al @ JAl.T                                         # [P, P]  from the source r (column) to p (row)
-    source = region.expand_as(logits)                           # [P, P]
-    Q = int(region[-1]) + 1
-    top = logits.new_zeros(len(reps), Q).scatter_reduce(1, source, logits.detach(), "amax", include_self=False)
-    exp = (logits - top.gather(1, source)).exp()                # [P, P]
-    total = logits.new_zeros(len(reps), Q).scatter_add(1, source, exp)   # [P, Q]  over the representatives r of s
-    Wi = exp / total.gather(1, source) * (region[:, None] != region)     # [P, P]  softmax within s, for s != q
+    each = logits.split(region.bincount().tolist(), 1)          # Q times [P, |phi(R_s)|]
+    Wi = torch.cat([x.softmax(1) for x in each], 1) * (region[:, None] != region)   # [P, P]  softmax over each phi(R_s)
     return JAl + Wi @ JAl, Wi                                   # [P, M]
 
 
@@ -381,15 +363,16 @@ def construct_regions(B: Tensor, C: Tensor, Wg: Tensor, threshold: float = 0.8, 
 
     Gradient: J's to B, C and W^g.
     """
-    _check_settings(cues=cues)
+    _check(B=B, C=C, Wg=Wg)
+    _check_settings(cues=cues, threshold=threshold)
     D = boundary_probability(B)                                 # [HW, HW]  eq. 1
     E = semantic_divergence(C)                                  # [HW, HW]  eq. 2
-    none = torch.zeros_like(D)
-    F = region_attention(none if cues == "semantic" else D, none if cues == "boundary" else E)     # eq. 3 (R10)
+    zero = torch.zeros_like(D)
+    F = region_attention(zero if cues == "semantic" else D, zero if cues == "boundary" else E)     # eq. 3 (R10)
     Fg = regularize(F, Wg, B.shape)                             # [HW, HW]  eq. 4
     labels = connected_regions(region_decision(Fg, threshold))  # [HW]
     if join_lone:
-        labels = join_lone_pixels(labels, Fg)                   # [HW]      R4b
+        labels = join_lone_pixels(labels, Fg)                   # [HW]      R4
     return labels, representative_score(Fg, labels)             # [HW]      eq. 5
 
 
@@ -399,6 +382,8 @@ def exchange_context(A: Tensor, J: Tensor, labels: Tensor, K: int = 8, intra: bo
 
     Gradient: to A and J.
     """
+    _check(labels=labels, A=A, J=J)
+    _check_settings(K=K)
     reps = select_representatives(J, labels, K)                 # [P]
     Jp = J[reps][:, None]                                       # [P, 1]
     JA = J[:, None] * A                                         # [HW, M]
@@ -420,15 +405,14 @@ class Regions(NamedTuple):
 class RCB(nn.Module):
     r"""The region construction block, eqs. 1-5: cuts each image of a batch into regions.
 
-    `construct_regions` of each image. On a CPU with one [HW, HW] matrix of float32 and one of bool forward, and one of
-    a byte a pair backward (two from 257 pixels a side on); on other devices blocks are larger, up to whole matrices.
+    `construct_regions` of each image. Memory on a CPU: five bytes a pair forward, one more backward; docs/cost.md.
 
     kernel_size: k of W^g, odd. W^g is the softmax of k x k logits, so that F^g and J stay in [0, 1]; at the
         start its centre weighs 0.87 (k = 3). With k = 1 there is no parameter and F^g = F.
     threshold: tau of eq. 4.
     cues: "both", or "boundary" (F = 1 - D) or "semantic" (F = 1 - E), as in Table 1 (R10).
     joint: False stops the gradient of J at B and C; W^g still receives it.
-    join_lone: False leaves the bare components of G (R4b).
+    join_lone: False leaves the bare components of G (R4).
     Gradient: J's to B, C and W^g (first derivatives only); labels carry none.
     """
 
@@ -450,7 +434,7 @@ class RCB(nn.Module):
             return torch.ones(1, 1)
         return self.logits.flatten().softmax(0).view_as(self.logits)
 
-    @torch.compiler.disable     # its loops hang on the size of the map and its shapes on the data
+    @torch.compiler.disable     # the map's size sets its loops, the data its shapes
     def forward(self, B: Tensor, C: Tensor) -> Regions:
         """B [b, H, W] in [0, 1] and C [b, N, H, W], probabilities over N, to labels and J [b, H, W]."""
         _check("b ", B=B, C=C)
@@ -484,15 +468,28 @@ class RIB(nn.Module):
         _expect(isinstance(regions, tuple) and len(regions) == 2, "regions", "what RCB returns", regions)
         labels, J = regions
         _expect(_is_tensor(A, 4) and A.is_floating_point(), "A", "floating-point features [b, M, H, W]", A)
-        for name, map_ in (("labels", labels), ("J", J)):
-            _expect(_is_tensor(map_, 3) and map_.shape == A[:, 0].shape, f"regions.{name}",
-                    f"the b, H, W of A, {list(A[:, 0].shape)}", map_)
+        for name, x in (("labels", labels), ("J", J)):
+            _expect(_is_tensor(x, 3) and x.shape == A[:, 0].shape, name, f"A's b, H, W, {list(A[:, 0].shape)}", x)
+        contexts = []
         with torch.autocast(A.device.type, enabled=False):
             pixels = _at_least_float32(A).flatten(2).mT         # [b, HW, M]
-            images = zip(pixels, J.flatten(1).to(pixels.dtype), labels.flatten(1))
-            O = torch.stack([exchange_context(*image, self.representatives, self.intra, self.inter)
-                             for image in images])              # [b, HW, M]
-        return O.mT.reshape(A.shape).to(A.dtype)
+            for image in zip(pixels, J.flatten(1).to(pixels.dtype), labels.flatten(1)):
+                _check(**dict(zip(("A", "J", "labels"), image)))
+                contexts.append(exchange_context(*image, self.representatives, self.intra, self.inter))     # [HW, M]
+        return torch.stack(contexts).mT.reshape(A.shape).to(A.dtype)
+
+
+class RegionContext(nn.Module):
+    """RCB and RIB, one after the other: the context that `RANet` adds to A."""
+
+    def __init__(self, rcb: RCB | None = None, rib: RIB | None = None):
+        super().__init__()
+        self.rcb, self.rib = rcb or RCB(), rib or RIB()
+
+    def forward(self, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Regions]:
+        """A [b, M, H, W], B [b, H, W] and C [b, N, H, W] to O [b, M, H, W] and the regions."""
+        regions = self.rcb(B, C)
+        return self.rib(A, regions), regions
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -506,28 +503,25 @@ class Output(NamedTuple):
     fine: Tensor               # [b, N, h, w] logits of the segmentation
     coarse: Tensor             # [b, N, h, w] logits of C
     boundary: Tensor           # [b, H, W]    logits of B
-    regions: Regions | None    # None with another context in RCB's and RIB's place
+    regions: Regions | None    # as the context returns them
 
 
 class RANet(nn.Module):
-    r"""The network: backbone, A, B, C, `RCB`, `RIB`, and the segmentation from [A, BN(O)].
+    r"""The network: backbone, A, B, C, the context O, and the segmentation from [A, BN(O)].
 
-    O is batch-normalised before it meets A, since |O| grows with the number of regions (R14), and it starts
-    small: in the first steps regions mean nothing yet (R14b). B starts at 0.05, so these steps see one region
-    and no inter-region context (R13).
+    O is batch-normalised before it meets A, since |O| grows with the number of regions, and it starts small: in the
+    first steps regions mean nothing yet (R14). B starts at 0.05, so these steps see one region and no inter-region
+    context (R13).
 
     backbone: a module from images [b, 3, h, w] to features [b, in_channels, H, W]. Stride 8 in the paper.
-    num_classes, channels: N, M. representatives, intra, inter: see `RIB`. kernel_size to join_lone: see `RCB`.
+    num_classes, channels: N, M.
+    context: a module from A [b, M, H, W], B [b, H, W] and C [b, N, H, W] to O [b, M, H, W] and `Regions` (or None);
+        None: `RegionContext()`, the paper's.
     dropout: the share of feature channels dropped before the classifier.
-    own: True gives RIB weights of its own, which the equations do not have: it works on A after a 1 x 1 convolution
-        and a normalisation, times M^(-1/4), and O goes through another 1 x 1 convolution (R15).
-    context: a module from A [b, M, H, W] to O [b, M, H, W] that takes the place of RCB and RIB.
     """
 
-    def __init__(self, backbone: nn.Module, in_channels: int, num_classes: int, channels: int = 512, *,
-                 representatives: int = 8, kernel_size: int = 3, threshold: float = 0.8, cues: str = "both",
-                 joint: bool = True, join_lone: bool = True, intra: bool = True, inter: bool = True,
-                 own: bool = False, dropout: float = 0.1, context: nn.Module | None = None):
+    def __init__(self, backbone: nn.Module, in_channels: int, num_classes: int, channels: int = 512,
+                 context: nn.Module | None = None, dropout: float = 0.1):
         super().__init__()
         _check_settings(in_channels=in_channels, num_classes=num_classes, channels=channels)
         self.backbone = backbone
@@ -536,15 +530,9 @@ class RANet(nn.Module):
         self.boundary = nn.Conv2d(channels, 1, 1)
         self.semantic = nn.Conv2d(channels, num_classes, 1)
         nn.init.constant_(self.boundary.bias, -2.944)           # the logit of 0.05 (R13)
-        self.context, self.own = context, own
-        if context is None:
-            self.rcb = RCB(kernel_size, threshold, cues, joint, join_lone)
-            self.rib = RIB(representatives, intra, inter)
-            if own:
-                self.embed = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
-                self.out = nn.Conv2d(channels, channels, 1, bias=False)
+        self.context = context or RegionContext()
         self.norm = nn.BatchNorm2d(channels)                    # (R14)
-        nn.init.constant_(self.norm.weight, 0.25)               # O starts small (R14b)
+        nn.init.constant_(self.norm.weight, 0.25)               # O starts small (R14)
         self.fuse = nn.Sequential(
             nn.Conv2d(2 * channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
             nn.Dropout2d(dropout))
@@ -561,15 +549,12 @@ class RANet(nn.Module):
         A = self.reduce(features)                               # [b, M, H, W]
         boundary = self.boundary(A)[:, 0]                       # [b, H, W]
         coarse = self.semantic(A)                               # [b, N, H, W]
-        if self.context is None:
-            B = _at_least_float32(boundary).sigmoid()           # [b, H, W]
-            C = _at_least_float32(coarse).softmax(1)            # [b, N, H, W]  over the classes
-            regions = self.rcb(B, C)
-            X = self.embed(A) * A.shape[1] ** -0.25 if self.own else A      # [b, M, H, W]
-            O = self.rib(X, regions)                            # [b, M, H, W]
-            O = self.out(O) if self.own else O                  # [b, M, H, W]
-        else:
-            regions, O = None, self.context(A)
+        B = _at_least_float32(boundary).sigmoid()               # [b, H, W]
+        C = _at_least_float32(coarse).softmax(1)                # [b, N, H, W]  over the classes
+        made = self.context(A, B, C)
+        _expect(isinstance(made, tuple) and len(made) == 2 and _is_tensor(made[0], 4) and made[0].shape == A.shape,
+                "context", f"a module that returns a pair, O {list(A.shape)} and regions", made)
+        O, regions = made
         fine = self.classify(self.fuse(torch.cat((A, self.norm(O)), 1)))    # [b, N, H, W]
         fine, coarse = (nn.functional.interpolate(x, images.shape[2:], mode="bilinear", align_corners=False)
                         for x in (fine, coarse))                # [b, N, h, w]
@@ -629,231 +614,227 @@ def label_counts(label: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 # --- Nothing from here on is needed to understand the paper. ---------------------------------------------
-# Eqs. 1-5 for `RCB`: the numbers and gradients of `construct_regions`, in little memory and few calls
+# `construct_regions` for `RCB`: the same equations on blocks of rows, for a batch, in little memory and few calls.
 
-def _numbers(x: Tensor) -> int:
-    """How many numbers a block may hold: what a processor's cache takes, or what keeps a GPU busy."""
-    return 2 ** 19 if x.device.type == "cpu" else 2 ** 25
+class _Way(NamedTuple):
+    """How to compute on a device: for a processor's cache, or to keep a GPU busy with few calls (docs/cost.md)."""
+    block: int          # numbers in a block of rows
+    graph: int          # ... in one that autograd goes back through
+    together: int       # pairs of pixels, over the images that share their calls
+    group: int          # pixels, in the regions whose gradients share their calls
+    lines: Callable     # eq. 1
 
 
-def _few_calls(B: Tensor) -> bool:
-    """Whether calls cost more than memory: everywhere but on large maps on a CPU."""
-    return B.device.type != "cpu" or B.shape[-2:].numel() <= 1600
+def _way(x: Tensor) -> _Way:
+    if x.device.type == "cpu":
+        return _Way(2 ** 19, 2 ** 21, 2 ** 22, 512, _walks)
+    return _Way(2 ** 25, 2 ** 25, 2 ** 27, 2 ** 31, _gathers)
 
 
 class _RegionsOfBatch(torch.autograd.Function):
-    """`construct_regions` for a batch: B [b, H, W], C [b, N, H, W], W^g [k, k] to labels and J [b, HW]."""
+    """`construct_regions` for a batch: B [b, H, W], C [b, N, H, W], W^g [k, k] to labels and J, [b, HW] each."""
 
     @staticmethod
     def forward(ctx, B, C, Wg, threshold, cues, join_lone):
-        b, n = len(B), B[0].numel()
-        ctx.cues, ctx.kind = cues, torch.uint8 if max(B.shape[1:]) <= 256 else torch.int16      # of a step
-        keep = _few_calls(B) and cues != "semantic" and any(ctx.needs_input_grad)
-        steps = B.new_zeros(b, n if keep else 0, n, dtype=ctx.kind)
-        few = max(1, (_numbers(B) if B.device.type == "cpu" else 2 ** 27) // n ** 2)  # images together
-        parts = zip(B.split(few), C.split(few), steps.split(few))
-        parts = [_construct(*part, Wg, threshold, cues, join_lone) for part in parts]
-        labels, J = map(torch.cat, zip(*parts))                 # [b, HW]
-        ctx.save_for_backward(B, C, Wg, labels, steps)
+        few = max(1, _way(B).together // B[0].numel() ** 2)     # images
+        parts = [_construct(*part, Wg, threshold, cues, join_lone) for part in zip(B.split(few), C.split(few))]
+        labels, J = map(torch.cat, zip(*parts))                 # [b, HW] each
+        ctx.cues, ctx.few = cues, few
+        ctx.save_for_backward(B, C, Wg, labels)
         ctx.mark_non_differentiable(labels)
         return labels, J
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, _, dJ):
-        B, C, Wg, labels, kept = ctx.saved_tensors
-        n, grads = labels.shape[1], []
-        for i, steps in enumerate(kept):
-            if not len(steps) and ctx.cues != "semantic":
-                steps = B.new_zeros(n, n, dtype=ctx.kind)
-                _walk_lines(B[i:i + 1], _reach(labels[i], B.shape[2]) + len(Wg) // 2, steps=steps[None])
-            grads.append(_gradient(B[i], C[i], Wg, labels[i], dJ[i], steps, ctx.cues, ctx.needs_input_grad))
+        B, C, Wg, labels = ctx.saved_tensors
+        grads = []
+        for part in zip(*(x.split(ctx.few) for x in (B, C, labels, dJ))):
+            steps = [None] * ctx.few if ctx.cues == "semantic" else _steps(part[0], part[2], len(Wg) // 2)
+            grads += [_gradient(*image, Wg, ctx.cues, ctx.needs_input_grad) for image in zip(*part, steps)]
         dB, dC, dWg = zip(*grads)
         return torch.stack(dB), torch.stack(dC), sum(dWg), None, None, None
 
 
-def _construct(B, C, steps, Wg, threshold, cues, join_lone):
-    """Eqs. 1-5 of a few images without autograd."""
-    (b, H, W), n, C = B.shape, B[0].numel(), C.flatten(2)       # [b, N, HW]
+def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, join_lone: bool) -> tuple[Tensor, Tensor]:
+    """Eqs. 1-5 without autograd: B [b, H, W], C [b, N, H, W], W^g [k, k] to labels and J, [b, HW] each."""
+    (b, H, W), n, C, way = B.shape, B[0].numel(), C.flatten(2), _way(B)     # C [b, N, HW]
     F = B.new_zeros(b, n, n)                                    # [b, HW, HW]  holds D, then F, then F^g
     G = torch.empty(b, n, n, dtype=torch.bool, device=B.device)     # [b, HW, HW]
     if cues != "semantic":
         F.diagonal(0, 1, 2).copy_(B.flatten(1))
-        _gather_lines(B, F, steps) if _few_calls(B) else _walk_lines(B, max(H, W), F)
-    rows = max(1, _numbers(B) // (b * n))
+        way.lines(B, F, n)                                      # eq. 1
+    rows = max(1, way.block // (b * n))
+    few = max(1, way.block // (b * C.shape[1] * rows))
     blocks = [(a, min(a + rows, n)) for a in range(0, n, rows)]
     for a, z in blocks:
-        E = 0 if cues == "boundary" else _divergence(C[..., a:z], C[..., a:])[0]
-        F[:, a:z, a:] = (1 - F[:, a:z, a:]) * (1 - E)           # [b, rows, HW - a]
-        F[:, a:z, a:z] = F[:, a:z, a:z].triu() + F[:, a:z, a:z].triu(1).mT      # up to here only i <= j is filled
+        D, E = F[:, a:z, a:], 0                                 # [b, rows, HW - a]
+        if cues != "boundary":
+            E = torch.cat([_divergence(C[..., a:z], c) for c in C[..., a:].split(few, 2)], 2)   # eq. 2
+        D.copy_(region_attention(D, E))                         # eq. 3, for i <= j
+        F[:, a:z, a:z].copy_(F[:, a:z, a:z].triu() + F[:, a:z, a:z].triu(1).mT)
         F[:, z:, a:z] = F[:, a:z, z:].mT
         if len(Wg) > 1:
-            F[:, a:z] = _smooth(F[:, a:z], Wg, (H, W)).view(b, z - a, n)
+            F[:, a:z] = _smooth(F[:, a:z], Wg, (H, W)).view(b, z - a, n)        # eq. 4
     for a, z in blocks:
         g = (F[:, a:z, a:] + F[:, a:, a:z].mT) / 2 > threshold  # [b, rows, HW - a]
         G[:, a:z, a:], G[:, a:, a:z] = g, g.mT
-    labels = _components(G)                                     # [b, HW]
+    labels = _components(G, rows)                               # [b, HW]
     if join_lone:
-        labels = torch.stack([_join(q, f) for q, f in zip(labels, F)])
-    size = torch.zeros_like(labels).scatter_add(1, labels, torch.ones_like(labels)).gather(1, labels)     # [b, HW]
-    total = [(F[:, a:z] * (labels[:, a:z, None] == labels[:, None])).sum(2) for a, z in blocks]     # over i's region
-    return labels, (torch.cat(total, 1) / size).clamp_(0, 1)    # [b, HW]
+        labels = torch.stack([_join(*image, rows) for image in zip(labels, F)])
+    size = torch.stack([q.bincount()[q] for q in labels])       # [b, HW]
+    sums = [(F[:, a:z] * (labels[:, a:z, None] == labels[:, None])).sum(2) for a, z in blocks]
+    return labels, (torch.cat(sums, 1) / size).clamp_(0, 1)     # eq. 5: the mean over the pixels of i's region
 
 
-def _divergence(Ci: Tensor, Cj: Tensor, dE: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Eq. 2 for pairs, [b, N, I] and [b, N, J] to E [b, I, J], one logarithm a class and pair: 2 E is the sum over n of
-    C_i (1 + log C_i) + C_j (1 + log C_j) - 2 U log 2 U. With dE [b, I, J] also the gradients of 2 E to C_i and C_j."""
-    own = 1 + _log2(Ci), 1 + _log2(Cj)                          # [b, N, I], [b, N, J]
-    E = (Ci * own[0]).sum(1)[:, :, None] + (Cj * own[1]).sum(1)[:, None]            # [b, I, J]
-    di, dj = (None, None) if dE is None else (own[0] * dE.sum(2)[:, None], own[1] * dE.sum(1)[:, None])
-    for n in range(Ci.shape[1]):
-        U2 = Ci[:, n, :, None] + Cj[:, n, None]                 # [b, I, J]
-        log = U2.clamp_min(2 * TINY).log2_()
-        E.addcmul_(U2, log, value=-1)
-        if dE is not None:
-            log *= dE
-            di[:, n].sub_(log.sum(2))                           # over the pixels j
-            dj[:, n].sub_(log.sum(1))                           # over the pixels i
-    return E.div_(2).clamp_(0, 1), di, dj
+# Eq. 1 of images B [b, H, W] for all lines of 1 to `reach` steps, into out [b, HW, HW] at (i, j), i < j: the highest
+# sample, or, if `out` holds integers, the first step where it is met. Lines of the same L (steps along the longer axis)
+# are read from one table: with the shorter axis laid out at every L-th of a pixel in T, step s of the line from row y
+# and column x to row y + r and column x + L is T[y L + s r, x + s].
+
+def _axes(B: Tensor, out: Tensor):
+    """For lines wider than high, then for the others: the map with their longer axis last [b, h, w]; `out` seen as
+    [b, y, x, y', x'] of it; and the highest L - |r|: exact diagonals belong to the others."""
+    b, H, W = B.shape
+    pairs = out.view(b, H, W, H, W)
+    return (B, pairs, 1), (B.mT, pairs.permute(0, 2, 1, 4, 3), 0)
 
 
-# Eq. 1 of images B [b, H, W] for the pairs i < j: the highest sample into D [b, HW, HW], the first step where it is met
-# into steps. All lines of the same L (steps along the longer axis) are read from one table: with the shorter axis laid
-# out at every L-th of a pixel in T, step s of the line from row r and column c to row r2 is T[r L + s (r2 - r), c + s].
-
-def _gather_lines(B: Tensor, D: Tensor, steps: Tensor) -> None:
-    """For all lines of one L, one call gathers their samples and takes the maxima."""
-    (b, H, W), n = B.shape, B[0].numel()
-    D, steps = D.view(b, -1).T, steps.view(b, -1).T             # [HW HW, b]; steps can be empty
-    for axes in ("xy",) if H == W else ("x", "y"):              # the longer axis; a square map takes both at once
-        field = torch.cat([(B if axis == "x" else B.mT).permute(1, 2, 0) for axis in axes], 2)     # [h, w, g]
-        h, w, g = field.shape                                   # the shorter and the longer axis; b len(axes) maps
-        slope = torch.cat((field.diff(dim=0), torch.zeros_like(field[:1])))     # [h, w, g]
-        c = torch.arange(w, device=B.device)                    # [w]
-        part = c.to(B.dtype)[:, None, None]                     # [w, 1, 1]
-        gap = torch.arange(h, device=B.device)
-        gap = (gap - gap[:, None]).flatten()                    # [h h]  r2 - r of all pairs of rows,
-        order = gap.abs().argsort(stable=True)                  # [h h]  the nearest first
-        gap, r = gap[order], order // h
-        incline = gap[:, None] * w + 1                          # [h h, 1]  from sample to sample in T
-        # A line's place i n + j in D: of the one from column 0, for each L more, from column to column.
-        start = {"x": torch.minimum(r, r + gap) * W * n + torch.maximum(r, r + gap) * W, "y": r * n + r + gap}
-        turn = {"x": torch.where(gap < 0, n, 1), "y": torch.full_like(gap, W)}
-        move = {"x": c * (n + 1), "y": c * (n + 1) * W}
-        start, turn, move = (torch.stack([x[axis] for axis in axes]) for x in (start, turn, move))
-        for L in range(1, w):
-            p = h + min(L, h - 1) * (2 * h - min(L, h - 1) - 1)     # so many pairs lie no further apart than L
-            T = field[:, None] + part[:L] / L * slope[:, None]  # [h, L, w, g]
-            first = (r[:p] * (w * L))[:, None]                  # [p, 1]      where the line from column 0 starts in T
-            bags = torch.addcmul(first, incline[:p], c[:L + 1]).flatten()       # [p (L + 1)]
-            wide = (w - L) * g                                  # all columns that a line can start in, side by side
-            T = T.as_strided((h * L * w - (w - L) + 1, wide), (g, 1))
-            ends = torch.arange(0, len(bags), L + 1, device=B.device)           # [p]
-            best, _, _, at = torch.embedding_bag(T, bags, ends, mode=2)         # [p, wide] each; mode 2: the maximum
-            to = torch.add(start[:, :p], turn[:, :p], alpha=L)[..., None] + move[:, None, :w - L]   # [axes, p, w - L]
-            results = [(D, best)]
-            if len(steps):
-                results.append((steps, ((at - first) // incline[:p]).to(steps.dtype)))
-            for out, found in results:
-                for place, values in zip(to, found.view(p, w - L, len(axes), b).unbind(2)):
-                    out[place] = values                         # [p, w - L, b]
-
-
-def _walk_lines(B: Tensor, reach: int, D: Tensor | None = None, steps: Tensor | None = None) -> None:
-    """For all lines of one L and rise r2 - r, their samples are a strided view of T, and one maximum serves all.
-    Fills D or steps; lines of more than `reach` steps are left out."""
-    out = D if steps is None else steps
-    b, W, n = len(B), B.shape[2], B[0].numel()
-    stride = {"y": n * W + W, "x": n + 1}                       # in out, of i and j moving together
-    for field, rows, cols in ((B, "y", "x"), (B.mT, "x", "y")):     # the longer axis is cols
-        h, w = field.shape[1:]
+def _walks(B: Tensor, out: Tensor, reach: int) -> None:
+    """For one L and r, the samples of all lines are a strided view of T, and one maximum serves all."""
+    for field, pairs, less in _axes(B, out):
+        b, h, w = field.shape
         for L in range(1, min(w - 1, reach) + 1):
             part = torch.arange(L, device=B.device).to(B.dtype)[:, None] / L    # [L, 1]
             T = (field[:, :-1, None] + part * field.diff(dim=1)[:, :, None]).flatten(1, 2)
-            T = torch.cat((T, field[:, -1:]), 1)                # [b, (h-1) L + 1, w]
-            T = torch.stack((T, T.flip(1)))             # [2, b, (h-1) L + 1, w]  towards higher rows, and lower
-            wide = -(-(w - L) // 64) * 64               # amax is several times faster on rows of whole 64s
-            padded = nn.functional.pad(T.flatten(), (0, wide))
-            for rise in range(min(L, h - 1) + 1):
-                shape, strides = (2, b, L + 1, h - rise, wide), (*T.stride()[:2], rise * w + 1, L * w, 1)
-                walks = padded.as_strided(shape, strides)
-                best = walks.amax(2) if steps is None else walks[..., :w - L].max(2)[1]     # over s
-                forth, back = best[..., :w - L]                 # [b, h - rise, w - L]
-                dy, dx = (rise, L) if cols == "x" else (L, rise)
-                strides = n * n, stride[rows], stride[cols]
-                out.as_strided(forth.shape, strides, out.storage_offset() + dy * W + dx).copy_(forth)
-                out.as_strided(forth.shape, strides, out.storage_offset() + dy * W + dx * n).copy_(back.flip(1))
+            T = torch.cat((T, field[:, -1:]), 1)                # [b, (h - 1) L + 1, w]
+            wide = -(-(w - L) // 64) * 64                       # a maximum is several times faster on rows of whole 64s
+            T = nn.functional.pad(torch.stack((T, T.flip(1))).flatten(2), (0, wide))        # down, and up
+            for r in range(min(L - less, h - 1) + 1):
+                walks = T.as_strided((2, b, L + 1, h - r, wide), (*T.stride()[:2], r * w + 1, L * w, 1))
+                found = walks.amax(2) if out.is_floating_point() else walks[..., :w - L].max(2)[1]     # over s
+                down, up = found[..., :w - L]                   # [b, h - r, w - L] each
+                pairs.diagonal(r, 1, 3).diagonal(L, 1, 2).copy_(down)
+                rise, run = (r, -L) if less else (-r, L)        # of a wide line upwards, the right end is i
+                pairs.diagonal(rise, 1, 3).diagonal(run, 1, 2).copy_(up.flip(1))
 
 
-def _reach(labels: Tensor, W: int) -> int:
-    """The most steps that a line within one of the regions [HW] has."""
-    pixel = torch.arange(len(labels), device=labels.device)     # [HW]
-    last, first = (torch.zeros(2, len(labels), dtype=torch.long, device=labels.device).scatter_reduce(
-        1, labels.expand(2, -1), torch.stack((pixel // W, pixel % W)), end, include_self=False)
-        for end in ("amax", "amin"))                            # [2, HW]  row and column, by region
-    return int((last - first).max())
+def _gathers(B: Tensor, out: Tensor, reach: int) -> None:
+    """The samples of all lines of one L are gathered by one call."""
+    for field, pairs, less in _axes(B, out):
+        b, h, w = field.shape
+        slope = torch.cat((field.diff(dim=1), torch.zeros_like(field[:, :1])), 1)       # [b, h, w]
+        x = torch.arange(w, device=B.device)                    # [w]
+        y, r = x.new_tensor([(y, end - y) for y in range(h) for end in range(h)]).T     # [h h] each
+        y, r = (k[r.abs().argsort(stable=True), None] for k in (y, r))          # [h h, 1]  the flattest lines first
+        for L in range(1, min(w - 1, reach) + 1):
+            m = min(L - less, h - 1)
+            p = h + m * (2 * h - m - 1)                         # so many pairs of rows have |r| <= m
+            part = x[:L, None].to(B.dtype) / L                  # [L, 1]
+            T = field[:, :, None] + part * slope[:, :, None]    # [b, h, L, w]
+            s = x[:L + 1, None, None]                           # [L + 1, 1, 1]
+            at = (y[:p] * L + s * r[:p]) * w + x[:w - L] + s    # [L + 1, p, w - L]
+            best, first = T.flatten(1)[:, at].max(1)            # [b, p, w - L] each, over the samples
+            found = best if out.is_floating_point() else first.to(out.dtype)
+            i, j = (y[:p], x[:w - L]), (y[:p] + r[:p], x[L:])   # of a wide line upwards, j < i
+            pairs[(slice(None), *i, *j)] = pairs[(slice(None), *j, *i)] = found
 
 
-def _gradient(B, C, Wg, labels, dJ, steps, cues, needs):
-    """The gradient of sum_i dJ_i J_i for one image. With w_i = dJ_i / |R_q| it is the sum over pairs of
-    w_i share_q(j) F_ij, where share_q(j) is the sum of W^g over the offsets that bring a pixel of R_q to j, border
-    replicated: the adjoint of `_smooth` on the indicator of R_q. It is 0 but on R_q and k // 2 pixels around, so
-    only pairs of these are looked at; each once, since D and E are symmetric."""
-    (H, W), k = B.shape, len(Wg)
-    flat, C = B.flatten(), C.flatten(1)                         # [HW], [N, HW]
-    dB, dC, dWg = map(torch.zeros_like, (flat, C, Wg))
+def _divergence(Ci: Tensor, Cj: Tensor) -> Tensor:
+    """Eq. 2 for pairs, C_i [b, N, I] and C_j [b, N, J] to E [b, I, J], with one logarithm a class and pair: 2 E is the
+    sum over n of C_i (1 + log C_i) + C_j (1 + log C_j) - 2 U log 2 U."""
+    U2 = Ci[..., :, None] + Cj[..., None, :]                    # [b, N, I, J]
+    joint = (U2 * U2.detach().clamp_min(2 * TINY).log2_()).sum(1)       # [b, I, J]  sum over the classes
+    own_i, own_j = ((p * (1 + _log2(p))).sum(1) for p in (Ci, Cj))      # [b, I], [b, J]
+    return _unit((own_i[:, :, None] + own_j[:, None] - joint) / 2)
+
+
+def _components(G: Tensor, rows: int) -> Tensor:
+    """`connected_regions` of b graphs [b, HW, HW] to labels [b, HW]."""
+    b, n = G.shape[:2]
+    first = torch.arange(n, device=G.device).repeat(b, 1)       # [b, HW]
+    while True:
+        near = first.int()[:, None]                             # [b, 1, HW]
+        seen = torch.cat([torch.where(g, near, n).amin(2) for g in G.split(rows, 1)], 1).long()     # [b, HW]
+        last, first = first, first.scatter_reduce(1, first, seen, "amin")
+        for _ in range(n.bit_length()):
+            first = first.gather(1, first)
+        if torch.equal(first, last):
+            return _numbered(first)
+
+
+def _join(labels: Tensor, Fg: Tensor, rows: int) -> Tensor:
+    """`join_lone_pixels`, of which only the rows and columns of lone pixels are read."""
+    size = labels.bincount()                                    # [Q]
+    large = (size > 1).nonzero()[:, 0]                          # [large]  these regions
+    lone = (size[labels] == 1).nonzero()[:, 0]                  # [lone]   these pixels
+    if len(lone) in (0, len(labels)):
+        return labels
+    member = (labels[:, None] == large).to(Fg)                  # [HW, large]
+    joined = labels.clone()
+    for i in lone.split(rows):
+        S = (Fg[i] + Fg[:, i].T) / 2                            # [i, HW]
+        joined[i] = large[(S @ member / size[large]).argmax(1)]
+    return _numbered(joined)
+
+
+def _steps(B: Tensor, labels: Tensor, margin: int) -> Tensor:
+    """The first step at which a line meets its highest sample, [b, HW, HW], for B [b, H, W] and all lines within a
+    region of labels [b, HW] or `margin` pixels around it."""
+    n, W = labels.shape[1], B.shape[2]
+    pixel = torch.arange(n, device=B.device)                    # [HW]
+    at = torch.stack((pixel // W, pixel % W))[:, None].expand(2, *labels.shape)         # [2, b, HW]  row and column
+    low, high = (torch.zeros_like(at).scatter_reduce(2, labels.expand_as(at), at, end, include_self=False)
+                 for end in ("amin", "amax"))                   # [2, b, HW] each, of the regions
+    reach = int((high - low).max()) + margin
+    steps = B.new_zeros(len(B), n, n, dtype=torch.uint8 if reach < 256 else torch.int16)
+    _way(B).lines(B, steps, reach)
+    return steps
+
+
+def _gradient(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, steps: Tensor | None, Wg: Tensor, cues: str,
+              needs: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of sum_i dJ_i J_i for one image: labels and dJ [HW] to dB [H, W], dC [N, H, W] and dW^g [k, k].
+
+    With w_i = dJ_i / |R_q| the sum is one over pairs, of w_i share_q(j) F_ij, where share_q(j) is the sum of W^g over the
+    offsets that bring a pixel of R_q to j, border replicated: the adjoint of `_smooth` on the indicator of R_q.
+    share_q is 0 except within k // 2 pixels of R_q: only those pairs are visited, each once since D and E are symmetric.
+    """
+    (H, W), k, way = B.shape, len(Wg), _way(B)
+    B, C = B.detach().requires_grad_(needs[0]), C.flatten(1)    # [H, W], [N, HW]
+    dC, dWg = torch.zeros_like(C), torch.zeros_like(Wg)
     size, order = labels.bincount(), labels.argsort(stable=True)        # [Q], [HW]  pixels by region
+    part = ((size.cumsum(0) - size) // way.group).repeat_interleave(size)       # [HW]  whole regions
     d = torch.arange(k, device=B.device) - k // 2
-    groups = [order]
-    if not _few_calls(B):       # whole regions that start within the same 512 pixels
-        part = ((size.cumsum(0) - size) // 512).repeat_interleave(size)     # [HW]
-        groups = order.split(part.unique_consecutive(return_counts=True)[1].tolist())
-    for members in groups:
-        q = labels[members] - labels[members[0]]                # [members]  whole regions, from 0
-        Q = int(q[-1]) + 1
+    for members in order.split(part.unique_consecutive(return_counts=True)[1].tolist()):
+        q = labels[members] - labels[members[0]]                # [members]  from 0
         y = (members // W + d[:, None, None]).clamp(0, H - 1)   # [k, 1, members]
         x = (members % W + d[:, None]).clamp(0, W - 1)          # [k, members]
-        around = (y * W + x).flatten(0, 1)                      # [k k, members]
-        inside = torch.zeros_like(labels).index_fill(0, around.flatten(), 1)    # [HW]
-        V = inside.nonzero()[:, 0]                              # [v]  the pixels that count
-        v = len(V)
-        place = inside.cumsum(0) - 1                            # [HW]  of a pixel in V
-        at = place[around] + q * v                              # [k k, members]  in a [Q, v] matrix
-        share = Wg.new_zeros(Q * v).scatter_add(0, at.flatten(), Wg.reshape(-1, 1).expand_as(at).flatten()).view(Q, v)
-        w, region = flat.new_zeros(v), labels.new_zeros(v)      # [v] each; what only lies around has w = 0
-        w[place[members]], region[place[members]] = dJ[members] / size[labels[members]], q
-        wide = w * (region == torch.arange(Q, device=B.device)[:, None])        # [Q, v]
-        X = torch.zeros_like(share)                             # [Q, v]  sum over i of w_i F_ij
-        c, dc = C[None, :, V], C.new_zeros(1, len(C), v)        # [1, N, v] each
-        rows = max(1, _numbers(B) // v)
+        V, place = (y * W + x).flatten(0, 1).unique(return_inverse=True)        # [v]  the pixels that count
+        v, at = len(V), place + q * len(V)                      # [k k, members]  in a [Q, v] matrix
+        share = Wg.new_zeros((int(q[-1]) + 1) * v)
+        share = share.scatter_add(0, at.flatten(), Wg.reshape(-1, 1).expand_as(at).flatten()).view(-1, v).requires_grad_()
+        w, region = B.new_zeros(v), labels.new_zeros(v)         # [v] each; what only lies around has w = 0
+        w[place[k * k // 2]], region[place[k * k // 2]] = dJ[members] / size[labels[members]], q
+        c = C[None, :, V].requires_grad_(needs[1])              # [1, N, v]
+        rows = max(1, way.graph // (len(C) * v))
         for a in range(0, v, rows):
-            r, s = slice(a, a + rows), slice(a, v)              # rows, and the columns not yet met as rows
-            omega = w[r, None] * share[:, s].index_select(0, region[r])         # [r, s]
-            omega = omega.add_((w[s, None] * share[:, r].index_select(0, region[s])).T).triu_()     # each pair once,
-            omega.diagonal().div_(2)                            # but for i = j, which was added twice
+            i, j = slice(a, a + rows), slice(a, v)              # rows, and the columns not yet met as rows
             D = E = 0
-            if cues != "semantic":
-                # Of the rows' own pairs the lower half reads steps that were never set: 0, and omega is 0.
-                step = steps.index_select(0, V[r]).index_select(1, V[s])
-                near, far, part = _line(V[r, None].int(), V[s].int(), step.int(), W, B.dtype)
-                lower, upper = (flat.index_select(0, at_.flatten()).view(part.shape) for at_ in (near, far))
-                D = lower + part * (upper - lower)              # [r, s]
-            if cues != "boundary":
-                dE = omega * (D - 1)                            # [r, s]
-                E, di, dj = (x[0] for x in _divergence(c[..., r], c[..., s], dE[None]))
-                dc[0, :, r].add_(di)
-                dc[0, :, s].add_(dj)
-            if cues != "semantic" and needs[0]:
-                dD = omega * (E - 1)                            # [r, s]
-                dB.index_add_(0, near.flatten(), (dD * (1 - part)).flatten())
-                dB.index_add_(0, far.flatten(), (dD * part).flatten())
-            if needs[2] and k > 1:
-                F = ((1 - D) * (1 - E)).triu_()                 # [r, s]
-                X[:, s].add_(wide[:, r] @ F)
-                X[:, r].add_(wide[:, s] @ F.triu(1).T)
-        dC.index_add_(1, V, dc[0] / 2)
-        dWg += X.view(-1).index_select(0, at.flatten()).view(k, k, -1).sum(2)   # over the members
-    return dB.view_as(B), dC.view(-1, H, W), dWg
+            with torch.enable_grad():
+                omega = w[i, None] * share[:, j].index_select(0, region[i])
+                omega = omega + (w[j, None] * share[:, i].index_select(0, region[j])).T     # [i, j]
+                if cues != "semantic":
+                    step = steps.index_select(0, V[i]).index_select(1, V[j])
+                    D = _on_line(B, V[i, None].int(), V[j].int(), step)         # eq. 1: the sample is known
+                if cues != "boundary":
+                    E = _divergence(c[..., i], c[..., j])[0]    # eq. 2
+                F = omega.triu() * region_attention(D, E)       # eq. 3
+                (F.sum() - F.diagonal().sum() / 2).backward()   # i = j was counted twice
+        if c.grad is not None:
+            dC.index_add_(1, V, c.grad[0])
+        dWg += share.grad.view(-1).index_select(0, at.flatten()).view(k, k, -1).sum(2)      # over the members
+    return torch.zeros_like(B) if B.grad is None else B.grad, dC.view(-1, H, W), dWg
 
 
 # --- Bad input: one line that names the argument, what was expected and what came ------------------------
@@ -882,7 +863,10 @@ KINDS = {"G": torch.bool, "labels": torch.int64, "reps": torch.int64}       # th
 
 
 def _check(batch: str = "", **given: Tensor) -> None:
-    """In the order given: whoever does not fit what stands before it is named."""
+    """In the order given: whoever does not fit what stands before it is named. What an equation is given by another
+    function of this file has been checked at that one's door."""
+    if sys._getframe(2).f_globals is globals():
+        return
     sizes, floating = {}, None
     for name, x in given.items():
         letters, kind = (batch + SHAPES[name]).split(), KINDS.get(name, floating)

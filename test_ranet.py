@@ -277,7 +277,7 @@ def test_regions_of_a_long_shuffled_path():
     assert torch.equal(ranet.connected_regions(G), slow_labels(G))
 
 
-# --- R4b: pixels left alone ------------------------------------------------------------------------------
+# --- R4: pixels left alone -------------------------------------------------------------------------------
 @st.composite
 def partitions(draw):
     """Labels with many regions of one pixel, and F^g."""
@@ -463,10 +463,10 @@ def compare(B, C, A, seed=0, k=3, threshold=0.7, cues="both", joint=True, join_l
     O = ranet.exchange_context(A, J, labels, K, intra, inter)
     inputs, weight = [B, C, A, *rcb.parameters()], noise(*O.shape, seed=1, draw=torch.randn).to(O.dtype)
     slow = torch.autograd.grad((O * weight).sum(), inputs, allow_unused=True, materialize_grads=True)
-    for few_calls, numbers in ((True, 2 ** 26), (True, 40), (False, 2 ** 19), (False, 40)):     # a GPU's way, a CPU's
+    small = ranet._Way(40, 40, 40, 8, ranet._walks)             # many blocks
+    for way in (ranet._way(B), ranet._way(B.to("meta")), small, small._replace(lines=ranet._gathers)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ranet, "_few_calls", lambda B, few=few_calls: few)
-            patch.setattr(ranet, "_numbers", lambda x, n=numbers: n)
+            patch.setattr(ranet, "_way", lambda x, way=way: way)
             regions = rcb(B[None], C[None])
             fast = rib(A.T.reshape(1, -1, H, W), regions)[0].flatten(1).T
             quick = torch.autograd.grad((fast * weight).sum(), inputs, allow_unused=True, materialize_grads=True)
@@ -619,13 +619,24 @@ def small_net(num_classes=3, **options):
     return ranet.RANet(backbone, 5, num_classes, 6, **options)
 
 
+def region_context(rcb, rib):
+    return ranet.RegionContext(ranet.RCB(**rcb), ranet.RIB(**rib))
+
+
+class Doubled(torch.nn.Module):
+    """A context that makes no regions."""
+
+    def forward(self, A, B, C):
+        return 2 * A, None
+
+
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("options", [
-    {}, {"cues": "boundary"}, {"cues": "semantic"}, {"joint": False}, {"intra": False}, {"inter": False},
-    {"kernel_size": 1}, {"kernel_size": 5, "representatives": 1}, {"join_lone": False},
-    {"context": torch.nn.Conv2d(6, 6, 1)}], ids=str)
-def test_net_every_parameter_learns(options, autocast):
-    model, label = small_net(**options), torch.randint(0, 3, (2, 36, 52))
+@pytest.mark.parametrize("rcb, rib", [
+    ({}, {}), ({"cues": "boundary"}, {}), ({"cues": "semantic"}, {}), ({"joint": False}, {}), ({}, {"intra": False}),
+    ({}, {"inter": False}), ({"kernel_size": 1}, {}), ({"kernel_size": 5, "join_lone": False}, {"representatives": 1})],
+    ids=str)
+def test_net_every_parameter_learns(rcb, rib, autocast):
+    model, label = small_net(context=region_context(rcb, rib)), torch.randint(0, 3, (2, 36, 52))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = ranet.ranet_loss(model(torch.rand(2, 3, 36, 52)), label, (label == 1).byte()).total
     loss.backward()
@@ -640,7 +651,30 @@ def test_net_takes_any_size_and_returns_it():
         out = model(torch.rand(1, 3, h, w))
         assert out.fine.shape == out.coarse.shape == (1, 3, h, w)
         assert out.boundary.shape == out.regions.labels.shape == out.regions.J.shape
-    assert small_net(context=torch.nn.Identity())(torch.rand(2, 3, 9, 9)).regions is None
+
+
+def test_context_is_given_A_B_and_C_and_meets_A_normalised():
+    model, images = small_net(context=Doubled()), torch.rand(2, 3, 9, 9)
+    seen = []
+    model.context.register_forward_hook(lambda _module, given, out: seen.append((*given, *out)))
+    model.fuse[0].register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
+    out = model(images)
+    (A, B, C, O, regions), met = seen
+    assert regions is None is out.regions and torch.equal(A, model.reduce(model.backbone(images)).detach())
+    close(B, out.boundary.sigmoid())
+    close(C, model.semantic(A).softmax(1))
+    close(met, torch.cat((A, 0.25 * torch.nn.functional.batch_norm(O, None, None, training=True)), 1))
+    default = small_net()
+    assert type(default.context) is ranet.RegionContext and default.context.rib.representatives == 8
+
+
+def test_context_of_regions_is_rcb_and_rib():
+    B, C, A = random_map(5, 6, high=0.6)
+    A, context = A.T.reshape(1, 4, 5, 6), region_context({"threshold": 0.45}, {"representatives": 2})
+    O, regions = context(A, B[None], C[None])
+    same = context.rcb(B[None], C[None])
+    assert torch.equal(regions.labels, same.labels) and torch.equal(regions.J, same.J)
+    assert torch.equal(O, context.rib(A, same))
 
 
 def test_net_starts_with_one_region():
@@ -655,11 +689,11 @@ def test_net_steps_out_of_torch_compile():
 
 @pytest.mark.parametrize("joint", [True, False])
 def test_net_fine_loss_reaches_the_boundary_head_only_where_joint(joint):
-    model = small_net(joint=joint)
+    model = small_net(context=region_context({"joint": joint}, {}))
     model(torch.rand(1, 3, 40, 40)).fine.square().sum().backward()
     head = model.boundary.weight.grad
     assert (head is not None and bool(head.any())) == joint
-    assert model.rcb.logits.grad.any()
+    assert model.context.rcb.logits.grad.any()
 
 
 def loss_inputs():
@@ -703,24 +737,12 @@ def test_loss_of_an_unlabelled_batch_is_zero():
     assert loss.total.item() == 0
 
 
-def test_own_weights_stand_before_and_after_rib():
-    torch.manual_seed(0)
-    model, seen = ranet.RANet(torch.nn.Conv2d(3, 16, 1), 16, 3, 16, own=True).eval(), []
-    for module in (model.embed, model.rib, model.out, model.norm):
-        module.register_forward_hook(lambda _module, given, out: seen.append((*given, out)))
-    model(torch.rand(1, 3, 6, 7))
-    (A, X), (given, regions, O), (sent, out), (met, _) = seen
-    close(given, X / 2)                                         # 16 ** -0.25
-    close(O, model.rib(given, regions))
-    assert sent is O and met is out and A.amin() == 0 > X.amin()
-
-
 # --- the file --------------------------------------------------------------------------------------------
 def test_file_needs_torch_alone_and_is_silent(tmp_path):
     source = (ROOT / "ranet.py").read_text()
     nodes = list(ast.walk(ast.parse(source)))
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    assert imported | {node.module for node in nodes if isinstance(node, ast.ImportFrom)} == {"torch", "typing"}
+    assert imported | {node.module for node in nodes if isinstance(node, ast.ImportFrom)} == {"torch", "typing", "sys", "collections.abc"}
     (tmp_path / "ranet.py").write_text(source)
     state = ("[torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(), "
              "torch.is_grad_enabled()]")
@@ -766,7 +788,9 @@ def bad_inputs():
         (ranet.join_lone_pixels, {"labels": labels, "Fg": pairs}, {"labels": [labels[:3]], "Fg": [pairs + 1]}),
         (ranet.representative_score, {"Fg": pairs, "labels": labels},
          {"Fg": [B], "labels": [labels[:3], labels * 2, labels - 1, labels.float(), labels * 10 ** 12]}),
-        (ranet.construct_regions, {"B": B, "C": C, "Wg": kernel}, {"cues": ["all"]}),
+        (ranet.construct_regions, {"B": B, "C": C, "Wg": kernel},
+         {"B": [B + 1], "C": [C[:, :2]], "Wg": [kernel[:2, :2]], "cues": ["all"], "threshold": [2]}),
+        (ranet.exchange_context, {"A": A, "J": J, "labels": labels}, {"A": [A / 0], "J": [J[:3]], "K": [0]}),
         (ranet.select_representatives, {"J": J, "labels": labels, "K": 2}, {"J": [J[:3]], "K": [0, 1.5]}),
         (ranet.intra_region_collection, {"A": A, **scored},
          {"A": [A[:3], A / 0], "J": [J + 1, J.float()],
@@ -776,8 +800,13 @@ def bad_inputs():
         (ranet.RCB, {}, {"kernel_size": [2], "threshold": [-1], "cues": ["all"]}),
         (ranet.RCB(), {"B": B[None], "C": C[None]}, {"B": [B, nan[None]], "C": [C, C[None, :, :2]]}),
         (ranet.RIB, {}, {"representatives": [0]}),
-        (ranet.RIB(), {"A": image, "regions": regions}, {"A": [A, image / 0], "regions.J": [regions._replace(J=J)],
-         "regions.labels": [regions._replace(labels=regions.labels[..., :2])]}),
+        (ranet.RIB(), {"A": image, "regions": regions}, {"A": [A, image / 0]}),
+        (lambda regions, J: ranet.RIB()(image, regions._replace(J=J)), {"regions": regions}, {"J": [J, regions.J + 1]}),
+        (lambda regions, labels: ranet.RIB(intra=False)(image, regions._replace(labels=labels)), {"regions": regions},
+         {"labels": [regions.labels[..., :2], regions.labels - 1]}),
+        (lambda A: ranet.RIB(intra=False)(A, regions), {}, {"A": [image / 0]}),
+        (lambda context: small_net(context=context)(torch.rand(1, 3, 8, 8)), {},
+         {"context": [lambda A, B, C: A, lambda A, B, C: (A[:1, :1], None)]}),
         (small_net, {}, {"num_classes": [0]}),
         (small_net(), {}, {"images": [torch.rand(3, 8, 8)]}),
         (lambda backbone: ranet.RANet(backbone, 5, 3, 6)(torch.rand(1, 3, 8, 8)), {},
@@ -797,14 +826,16 @@ def test_bad_input_is_one_line_that_names_it(name, function, arguments):
 
 
 # --- mutations -------------------------------------------------------------------------------------------
-# (the tests that must notice, the text in ranet.py, the mistake)
+# (the first word of the tests that must notice, test_eq1_* and so on; the text in ranet.py, to the letter; the mistake)
 MUTATIONS = [
     ("eq1", "sample > D, sample", "sample < D, sample"),                                            # minimum
     ("eq1", "sample > D, sample", "sample >= D, sample"),                                           # the last of equals
-    ("eq1", "D = _on_line(", "D = 0 * _on_line("),                                                  # start dropped
+    ("eq1", "D = _on_line(B, i, j, t", "D = 0 * _on_line(B, i, j, t"),                                                  # start dropped
     ("eq1", "range(1, max(H, W)):", "range(1, max(H, W) - 1):"),                                    # end dropped
-    ("eq1", "dx.abs(), dx, dy)", "dx.abs(), dy, dx)"),                                              # shorter axis
-    ("eq1", "torch.where(dy.abs() < L, W, 1)", "torch.where(dy.abs() < L, 1, W)"),                  # wrong neighbour
+    ("eq1", "wide = dy.abs() < dx.abs()", "wide = dy.abs() > dx.abs()"),                            # shorter axis
+    ("eq1", "wide = dy.abs() < dx.abs()", "wide = dy.abs() <= dx.abs()"),                           # diagonals: the left
+    ("eq1", "torch.where(wide, W, 1)", "torch.where(wide, 1, W)"),                                  # wrong neighbour
+    ("eq1", "torch.where(wide, dx, dy) < 0", "torch.where(wide, dx, dy) > 0"),                      # from the other end
     ("eq1", "return near + part * (", "return near + (1 - part) * ("),                              # weight reversed
     ("eq2", "return _unit((kl_i + kl_j) / 2)", "return _unit(kl_i + kl_j)"),                        # missing half
     ("eq2", "U = (Ci + Cj) / 2 ", "U = Ci + Cj "),                                                  # U no mean
@@ -820,8 +851,9 @@ MUTATIONS = [
     ("eq4", "return (Fg + Fg.T) / 2 > threshold", "return (Fg + Fg) / 2 > threshold"),              # no transpose
     ("eq4", "return (Fg + Fg.T) / 2 > threshold", "return (Fg + Fg.T) / 2 >= threshold"),           # sgn(0) = 1
     ("eq4", "return (Fg + Fg.T) / 2 > threshold", "return Fg + Fg.T > threshold"),                  # missing half
-    ("regions", "        if torch.equal(first, last):\n", "        if True:\n"),                    # one round
-    ("regions", "(starts.cumsum(-1) - 1)", "starts.cumsum(-1)"),                                    # numbered from 1
+    ("regions", "            first = first[first]\n        if torch.equal(first, last):\n",
+     "            first = first[first]\n        if True:\n"),                                       # one round
+    ("regions", "((first == pixel).cumsum(-1) - 1)", "(first == pixel).cumsum(-1)"),                # numbered from 1
     ("eq5", "(Fg * same).sum(1)", "(Fg * same).sum(0)"),                                            # wrong axis
     ("eq5", "same.sum(1))  ", "len(Fg))  "),                                                        # mean over all
     ("eq5", "same = labels[:, None] == labels  ", "same = (labels[:, None] == labels).fill_diagonal_(False)  "),
@@ -832,10 +864,10 @@ MUTATIONS = [
     ("eq6", "_masked_softmax(A[reps] @ JA.T, others)", "_masked_softmax(A[reps] @ A.T, others)"),   # J missing
     ("eq6", "return JA[reps] + Wl @ JA, Wl", "return A[reps] + Wl @ JA, Wl"),                       # J(p) missing
     ("eq6", "return JA[reps] + Wl @ JA, Wl", "return JA[reps] - Wl @ JA, Wl"),                      # sign
-    ("eq7", "exp = (logits - top", "exp = (logits + top"),                                          # overflows
-    ("eq7", "(region[:, None] != region)  ", "1  "),                                                # s = q included
-    ("eq7", "source = region.expand_as(logits)  ", "source = 0 * region.expand_as(logits)  "),      # all at once
-    ("eq7", "return JAl + Wi @ JAl, Wi", "return JAl + Wi @ JAl / Q, Wi"),                          # divided by Q
+    ("eq7", "x.softmax(1) for x in each", "x.softmax(0) for x in each"),                            # over receivers
+    ("eq7", "* (region[:, None] != region)", "* 1"),                                                # s = q included
+    ("eq7", "each = logits.split(region.bincount().tolist(), 1)", "each = [logits]"),               # all at once
+    ("eq7", "return JAl + Wi @ JAl, Wi", "return JAl + Wi @ JAl / len(each), Wi"),                  # divided by Q
     ("eq7", "return JAl + Wi @ JAl, Wi", "return Al + Wi @ JAl, Wi"),                               # J(p) missing
     ("eq7", "logits = Al @ JAl.T  ", "logits = JAl @ Al.T  "),                                      # J on one side
     ("eq8", "_masked_softmax(A @ JAg.T, same)", "(A @ JAg.T).softmax(1)"),                          # all, not its own
@@ -846,26 +878,38 @@ MUTATIONS = [
     ("eq8", "if inter else Jp * Al", "if inter else Al"),
     ("eq8", "return J[:, None] * A + Wd @ JAg, Wd", "return A + Wd @ JAg, Wd"),                     # J_i missing
     ("eq8", "softmax(1) * mask", "softmax(0) * mask"),                                              # wrong axis
-    ("lone", "(size > 1).nonzero()", "(size > 0).nonzero()"),                                       # to themselves
-    ("lone", "(size[labels] == 1).nonzero()", "(size[labels] <= 2).nonzero()"),                     # pairs, too
-    ("lone", "S = (Fg[i] + Fg[:, i].T) / 2", "S = Fg[i]"),                                          # one direction
-    ("lone", "S @ member / size[large]", "S @ member"),                                             # sum, no mean
-    ("lone", "size[large]).argmax(1)", "size[large]).argmin(1)"),                                   # the least attached
-    ("lone", "return _numbered(first[joined])", "return joined"),                                   # gaps in numbers
+    ("lone", "masked_fill(size == 1, -1)", "masked_fill(size == 0, -1)"),                           # to themselves
+    ("lone", "torch.where(size[labels] == 1, ", "torch.where(size[labels] <= 2, "),                 # pairs, too
+    ("lone", "S = (Fg + Fg.T).detach() / 2", "S = Fg.detach()"),                                    # one direction
+    ("lone", "S @ member / size).", "S @ member)."),                                                # sum, no mean
+    ("lone", "mean.argmax(1), labels", "mean.argmin(1), labels"),                                   # the least attached
+    ("lone", "return _numbered(torch.where(size", "return (torch.where(size"),                      # gaps in numbers
+    ("rcb", "            first = first.gather(1, first)\n        if torch.equal(first, last):\n",
+     "            first = first.gather(1, first)\n        if True:\n"),                             # one round
+    ("rcb", "large = (size > 1)", "large = (size > 2)"),                                            # not to pairs
+    ("rcb", "S = (Fg[i] + Fg[:, i].T) / 2", "S = Fg[i]"),                                           # one direction
+    ("rcb", "(S @ member / size[large]).", "(S @ member)."),                                        # sum, no mean
     ("rcb", "(members % W + d[:, None]).clamp", "(members % W - d[:, None]).clamp"),                # no adjoint
     ("rcb", "= dJ[members] / size[labels[members]], q", "= dJ[members], q"),
-    ("rcb", "B.shape[2]) + len(Wg) // 2, steps", "B.shape[2]), steps"),                             # lines too short
-    ("rcb", "T = torch.stack((T, T.flip(1)))", "T = torch.stack((T, T))"),                          # one direction
-    ("rcb", "copy_(back.flip(1))", "copy_(back)"),
-    ("rcb", "incline = gap[:, None] * w + 1", "incline = gap[:, None] * w"),
-    ("rcb", "torch.where(gap < 0, n, 1)", "torch.full_like(gap, 1)"),                               # i > j
-    ("rcb", "sum(1)[:, :, None] + (Cj", "sum(1)[:, :, None] - (Cj"),
-    ("rcb", "omega.diagonal().div_(2)", "pass"),                                                    # i = j twice
-    ("rcb", "dj[:, n].sub_(log.sum(1))", "pass"),                                                   # one side of E
-    ("rcb", "(dD * part).flatten()", "dD.flatten()"),
-    ("rcb", "F.triu(1).T", "F.T"),
-    ("own", "self.embed(A) * A.shape[1] ** -0.25 if", "self.embed(A) if"),
-    ("own", "O = self.out(O) if self.own else O", "self.out(O) if self.own else O"),                # not used
+    ("rcb", "int((high - low).max()) + margin", "int((high - low).max())"),                         # lines too short
+    ("rcb", "torch.stack((T, T.flip(1)))", "torch.stack((T, T))"),                                  # one direction
+    ("rcb", "copy_(up.flip(1))", "copy_(up)"),
+    ("rcb", "(r, -L) if less else (-r, L)", "(-r, L)"),                                             # j > i
+    ("rcb", "(B.mT, pairs.permute(0, 2, 1, 4, 3), 0)", "(B.mT, pairs.permute(0, 2, 1, 4, 3), 1)"),  # no diagonals
+    ("rcb", "(y[:p] * L + s * r[:p]) * w", "(y[:p] * L + s) * w"),                                  # level lines
+    ("rcb", "(slice(None), *j, *i)", "(slice(None), *i, *j)"),                                      # i < j or j < i
+    ("rcb", "F[:, a:z, a:z].triu(1).mT", "F[:, a:z, a:z].tril(-1)"),
+    ("rcb", "own_i[:, :, None] + own_j[:, None] - joint", "own_i[:, :, None] - own_j[:, None] - joint"),
+    ("rcb", "clamp_min(2 * TINY)", "clamp_min(TINY)"),                                              # slope at C = 0
+    ("rcb", "F.sum() - F.diagonal().sum() / 2", "F.sum()"),                                         # i = j twice
+    ("rcb", "omega = omega + (w[j, None]", "omega = omega - (w[j, None]"),
+    ("rcb", "F = omega.triu() * region", "F = omega * region"),                                     # pairs twice
+    ("rcb", "dC.index_add_(1, V, c.grad[0])", "dC.index_copy_(1, V, c.grad[0])"),                   # of the last group
+    ("context", "B = _at_least_float32(boundary).sigmoid()", "B = _at_least_float32(boundary).tanh()"),
+    ("context", "C = _at_least_float32(coarse).softmax(1)", "C = _at_least_float32(coarse).softmax(2)"),        # over rows
+    ("context", "torch.cat((A, self.norm(O)), 1)", "torch.cat((A, O), 1)"),
+    ("context", "nn.init.constant_(self.norm.weight, 0.25)", "nn.init.constant_(self.norm.weight, 1)"),
+    ("context", "return self.rib(A, regions), regions", "return self.rib(A * 0.5, regions), regions"),
 ]
 
 

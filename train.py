@@ -126,8 +126,8 @@ def make_backbone(name: str, weights: str = "none", strides: list[int] | None = 
 class NoContext(nn.Module):
     """O = 0: the backbone and its heads without context."""
 
-    def forward(self, A: Tensor) -> Tensor:
-        return torch.zeros_like(A)                              # [b, M, H, W]
+    def forward(self, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, None]:
+        return torch.zeros_like(A), None                        # [b, M, H, W]
 
 
 class PyramidPooling(nn.Module):
@@ -139,9 +139,9 @@ class PyramidPooling(nn.Module):
             nn.Sequential(nn.AdaptiveAvgPool2d(n), nn.Conv2d(channels, channels // 4, 1), nn.ReLU())
             for n in (1, 2, 3, 6))
 
-    def forward(self, A: Tensor) -> Tensor:
+    def forward(self, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, None]:
         maps = [interpolate(branch(A), A.shape[2:], mode="bilinear") for branch in self.branches]
-        return torch.cat(maps, 1)                               # [b, M, H, W]
+        return torch.cat(maps, 1), None                         # [b, M, H, W]
 
 
 class NonLocal(nn.Module):
@@ -152,26 +152,48 @@ class NonLocal(nn.Module):
         self.embed = nn.Conv2d(channels, 3 * (channels // 2), 1)
         self.out = nn.Conv2d(channels // 2, channels, 1)
 
-    def forward(self, A: Tensor) -> Tensor:
+    def forward(self, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, None]:
         query, key, value = self.embed(A).flatten(2).mT.chunk(3, 2)         # [b, HW, M / 2] each
         O = scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], scale=1.0)[:, 0]
-        return self.out(O.mT.unflatten(2, A.shape[2:]))         # [b, M, H, W]
+        return self.out(O.mT.unflatten(2, A.shape[2:])), None   # [b, M, H, W]
+
+
+class OwnWeights(nn.Module):
+    """RANet with weights around eqs. 6-8, which the paper does not have: RIB works on A after a 1 x 1 convolution and a
+    normalisation, times M^(-1/4), and O goes through another 1 x 1 convolution (R15)."""
+
+    def __init__(self, channels: int, k: int):
+        super().__init__()
+        self.embed = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+        self.regions = ranet.RegionContext(rib=ranet.RIB(k))
+        self.out = nn.Conv2d(channels, channels, 1, bias=False)
+
+    def forward(self, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ranet.Regions]:
+        O, regions = self.regions(self.embed(A) * A.shape[1] ** -0.25, B, C)
+        return self.out(O), regions                             # [b, M, H, W]
 
 
 PEERS = {"none": lambda M: NoContext(), "spp": PyramidPooling, "nonlocal": NonLocal}
-RANETS = {"ranet": {}, "boundary": {"cues": "boundary"}, "semantic": {"cues": "semantic"},
-          "no-intra": {"intra": False}, "no-inter": {"inter": False}, "no-joint": {"joint": False},
-          "own": {"own": True}}                                 # (R10, R4, R15)
+RANETS = {"ranet": ({}, {}), "boundary": ({"cues": "boundary"}, {}), "semantic": ({"cues": "semantic"}, {}),
+          "no-intra": ({}, {"intra": False}), "no-inter": ({}, {"inter": False}), "no-joint": ({"joint": False}, {})}
+CONTEXTS = *RANETS, "own", *PEERS                               # (R10, R4, R15)
+
+
+def make_context(name: str, M: int, k: int) -> nn.Module:
+    if name in ("spp", "nonlocal") and M % 4:
+        sys.exit(f"--channels {M}: --context {name} needs a multiple of 4")
+    if name in PEERS:
+        return PEERS[name](M)
+    if name == "own":
+        return OwnWeights(M, k)
+    rcb, rib = RANETS[name]
+    return ranet.RegionContext(ranet.RCB(**rcb), ranet.RIB(k, **rib))
 
 
 def build(args, num_classes: int, weights: str = "none") -> ranet.RANet:
     backbone, in_channels = make_backbone(args.backbone, weights, args.strides)
     M = args.channels or (64 if args.backbone == "small" else 512)
-    if args.context in ("spp", "nonlocal") and M % 4:
-        sys.exit(f"--channels {M}: --context {args.context} needs a multiple of 4")
-    context = ({"context": PEERS[args.context](M)} if args.context in PEERS else
-               dict(representatives=args.k, **RANETS[args.context]))
-    return ranet.RANet(backbone, in_channels, num_classes, M, **context)
+    return ranet.RANet(backbone, in_channels, num_classes, M, make_context(args.context, M, args.k))
 
 
 # --- Training --------------------------------------------------------------------------------------------
@@ -253,7 +275,7 @@ def train(args) -> None:
     if mean(torch.tensor([float(start)], device=device), world).item() != start:
         sys.exit(f"{out} has to be a folder that all machines share")
     if args.compile:
-        model.backbone.compile()    # not the rest: the shapes within RCB and RIB hang on the data
+        model.backbone.compile()    # not the rest: the data decides the shapes within RCB and RIB
     net = model                     # `net` is trained; `model`, the same without DDP, evaluated and saved
     if world > 1:
         net = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
@@ -343,7 +365,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     one("--resume", **yes, help="continue the run in --out, or start it if it has no checkpoint yet")
     add("--out", help="folder of results (runs/DATA-CONTEXT; beside the checkpoint for --eval, --predict)")
     add("--data", choices=RECIPES, help="data set (shapes, which is generated)")
-    add("--context", choices=(*RANETS, *PEERS), help="what makes O: the rows of Table 1 and of section 5.1 (ranet)")
+    add("--context", choices=CONTEXTS, help="what makes O: the rows of Table 1 and of section 5.1 (ranet)")
     args, _ = first.parse_known_args(argv)
     command = "--eval" if args.eval else "--predict" if args.predict else "training"
     path = args.eval or args.predict and args.predict[0]
@@ -370,7 +392,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(every, "--backbone", help="small, resnet101, hrnet_w48, or a name of timm.list_models() (by data set)")
     add(every, "--strides", type=whole, nargs="+", help="keep the backbone's own and take these (dilate it to 8)")
     add(every, "--channels", type=whole, help="M (512; small: 64)")
-    if (args.context or defaults["context"]) in RANETS:
+    if (args.context or defaults["context"]) not in PEERS:
         add(every, "--k", type=whole, help="representatives a region (8)")
     add("training", "--weights", help="of the backbone: imagenet, none, or a file (imagenet; none for small)")
     add("training", "--steps", type=whole, help="updates in all (by data set, as all that follows)")

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""What RANet costs beside the blocks that the paper compares it with (Tables 1 and 3), with 512 channels.
+"""What RANet costs beside the other contexts of Table 1, with 512 channels.
 
     python docs/overheads.py             # the table, at 97 x 97 with 19 classes; on a GPU: --device cuda
     python docs/overheads.py --calls     # what RCB and RIB ask of a GPU, counted without one
 
 Every block takes A [1, M, H, W] to O [1, M, H, W] where RCB and RIB stand. In no row are the 3x3 convolutions around it
-(CCNet and DANet have some of their own) and the 1x1 ones that make B and C. The peers are written from their papers,
-without batch normalisation: one image, and the 1x1 maps of pyramid pooling, have nothing to normalise by.
+and the 1x1 ones that make B and C.
 
 A ratio of times is taken within a round, in which every block has its turn. Memory on the CPU is the resident set of a
 fresh process for each number (Linux only). The machine must be idle: RCB makes thousands of small calls.
@@ -43,120 +42,25 @@ class PlainNonLocal(nn.Module):
         return (weights @ X).mT.reshape(A.shape)                # [b, M, H, W]
 
 
-class AsymmetricNonLocal(nn.Module):
-    """Zhu et al., Asymmetric Non-local Neural Networks for Semantic Segmentation, ICCV 2019: the block APNB. One
-    embedding of M / 2 channels serves query and key; keys and values are pooled to 1 + 9 + 36 + 64 = 110 positions."""
+class First(nn.Module):
+    """O alone of a context's results; one that makes no regions is given no maps."""
 
-    def __init__(self, M: int):
+    def __init__(self, context: nn.Module):
         super().__init__()
-        self.key, self.value, self.out = nn.Conv2d(M, M // 2, 1), nn.Conv2d(M, M // 2, 1), nn.Conv2d(M // 2, M, 1)
+        self.context = context
 
-    def forward(self, A: Tensor) -> Tensor:
-        embedded = self.key(A).relu()                           # [b, M / 2, H, W]
-        query = embedded.flatten(2).mT                          # [b, HW, M / 2]
-        key, value = (torch.cat([adaptive_avg_pool2d(x, n).flatten(2) for n in (1, 3, 6, 8)], 2).mT
-                      for x in (embedded, self.value(A)))       # [b, 110, M / 2] each
-        weights = (query @ key.mT / key.shape[2] ** 0.5).softmax(2)         # [b, HW, 110]  over the bins
-        return self.out((weights @ value).mT.unflatten(2, A.shape[2:]))         # [b, M, H, W]
+    def forward(self, A: Tensor, B: Tensor | None = None, C: Tensor | None = None) -> Tensor:
+        return self.context(A, B, C)[0]                         # [b, M, H, W]
 
 
-class CrissCross(nn.Module):
-    """Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019: each pixel attends to its row
-    and column, twice with the same weights. Query and key have M / 8 channels, the value M; gamma starts at 0."""
-
-    def __init__(self, M: int, rounds: int = 2):
-        super().__init__()
-        self.query, self.key, self.value = (nn.Conv2d(M, c, 1) for c in (M // 8, M // 8, M))
-        self.gamma, self.rounds = nn.Parameter(torch.zeros(())), rounds
-
-    def forward(self, A: Tensor) -> Tensor:
-        H = A.shape[2]
-        for _ in range(self.rounds):
-            query, key, value = self.query(A), self.key(A), self.value(A)
-            itself = torch.eye(H, dtype=torch.bool, device=A.device)[:, None]   # [H, 1, H]  the row has it too
-            column = torch.einsum("bcyx,bczx->byxz", query, key).masked_fill(itself, -torch.inf)        # [b, H, W, H]
-            row = torch.einsum("bcyx,bcyz->byxz", query, key)                   # [b, H, W, W]
-            weights = torch.cat((column, row), 3).softmax(3)    # [b, H, W, H + W]  over column and row
-            column, row = weights[..., :H], weights[..., H:]
-            O = torch.einsum("byxz,bmzx->bmyx", column, value) + torch.einsum("byxz,bmyz->bmyx", row, value)
-            A = self.gamma * O + A                              # [b, M, H, W]
-        return A
-
-
-class DualAttention(nn.Module):
-    """Fu et al., Dual Attention Network for Scene Segmentation, CVPR 2019: position attention (query and key M / 8
-    channels, value M) plus channel attention (no convolution), summed; alpha and beta start at 0."""
-
-    def __init__(self, M: int):
-        super().__init__()
-        self.query, self.key, self.value = (nn.Conv2d(M, c, 1) for c in (M // 8, M // 8, M))
-        self.alpha, self.beta = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
-
-    def position(self, A: Tensor) -> Tensor:
-        query, key, value = (f(A).flatten(2).mT for f in (self.query, self.key, self.value))    # [b, HW, c]
-        weights = (query @ key.mT).softmax(2)                   # [b, HW, HW]  softmax over all pixels j
-        return self.alpha * (weights @ value).mT.reshape(A.shape) + A           # [b, M, H, W]
-
-    def channel(self, A: Tensor) -> Tensor:
-        X = A.flatten(2)                                        # [b, M, HW]
-        weights = (X @ X.mT).softmax(2)                         # [b, M, M]  softmax over the channels
-        return self.beta * (weights @ X).reshape(A.shape) + A   # [b, M, H, W]
-
-    def forward(self, A: Tensor) -> Tensor:
-        return self.position(A) + self.channel(A)               # [b, M, H, W]
-
-
-class PointwiseSpatial(nn.Module):
-    """Zhao et al., PSANet: Point-wise Spatial Attention Network for Scene Parsing, ECCV 2018, on an n x n map, at half
-    resolution (H, W below) as released. Each of two branches reduces A (here M to M channels) and scores, for every
-    pixel, all (2H - 1)(2W - 1) offsets there can be, of which it uses the H x W that stay inside the image."""
-
-    def __init__(self, M: int, n: int):
-        super().__init__()
-        H = W = (n - 1) // 2 + 1
-        self.reduce = nn.ModuleList(nn.Conv2d(M, M, 1, bias=False) for _ in range(2))
-        self.scores = nn.ModuleList(nn.Sequential(
-            nn.Conv2d(M, M, 1), nn.ReLU(), nn.Conv2d(M, (2 * H - 1) * (2 * W - 1), 1, bias=False)) for _ in range(2))
-        self.out = nn.Conv2d(2 * M, M, 1)
-        y, x = torch.arange(H * W) // W, torch.arange(H * W) % W
-        self.register_buffer("offset", (y - y[:, None] + H - 1) * (2 * W - 1) + x - x[:, None] + W - 1)    # from i to j
-
-    def forward(self, A: Tensor) -> Tensor:
-        size = [(side - 1) // 2 + 1 for side in A.shape[2:]]
-        half = [interpolate(reduce(A).relu(), size, mode="bilinear", align_corners=True)
-                for reduce in self.reduce]                      # two [b, M, H, W]
-        collect, distribute = (scores(x).flatten(2).mT.gather(2, self.offset.expand(len(A), -1, -1))
-                               for scores, x in zip(self.scores, half))         # [b, HW, HW] each, of i for j
-        collect = collect.softmax(2)                            # softmax over the pixels j that i collects from
-        distribute = distribute.softmax(1)                      # softmax over the pixels i that distribute to j
-        O = torch.cat((half[0].flatten(2) @ collect.mT, half[1].flatten(2) @ distribute), 1)    # [b, 2M, HW]
-        O = self.out(O.unflatten(2, size)).relu()               # [b, M, H, W]
-        return interpolate(O, A.shape[2:], mode="bilinear", align_corners=True)
-
-
-class RegionAttention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rcb, self.rib = ranet.RCB(), ranet.RIB()
-
-    def forward(self, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        return self.rib(A, self.rcb(B, C))                      # [b, M, H, W]
-
-
-# name: (what its row is called, what the row includes, the module for M channels and n x n pixels)
+# name: (what its row is called, the module for M channels)
 BLOCKS = {
-    "plain": ("softmax(A A^T) A", "two products of matrices", lambda M, n: PlainNonLocal()),
-    "pyramid": ("pyramid pooling", "4 poolings, 4 1x1 convolutions", lambda M, n: train.PyramidPooling(M)),
-    "nonlocal": ("non-local", "3 embeddings to M/2, 1x1 back to M", lambda M, n: train.NonLocal(M)),
-    "asymmetric": ("asymmetric non-local", "APNB: 2 embeddings to M/2, 1x1 back to M",
-                   lambda M, n: AsymmetricNonLocal(M)),
-    "crisscross": ("CCNet", "2 rounds of: key, query to M/8, value", lambda M, n: CrissCross(M)),
-    "dual": ("DANet", "position: key, query to M/8, value; channel", lambda M, n: DualAttention(M)),
-    "psa": ("PSANet", "2 reductions, 2 x 2 convolutions for the maps, 1x1 after; half resolution", PointwiseSpatial),
+    "plain": ("softmax(A A^T) A", lambda M: PlainNonLocal()),
+    "pyramid": ("pyramid pooling", lambda M: First(train.PyramidPooling(M))),
+    "nonlocal": ("non-local", lambda M: First(train.NonLocal(M))),
 }
-SCENES = {"objects": "5 x 5 objects", "one": "one region", "pixels": "every pixel a region",
-          "pairs": "regions of two pixels"}
-BLOCKS |= {key: (f"RANet, {words}", "RCB and RIB", lambda M, n: RegionAttention()) for key, words in SCENES.items()}
+SCENES = {"objects": "5 x 5 objects", "one": "one region", "pixels": "every pixel a region"}
+BLOCKS |= {key: (f"RANet, {words}", lambda M: First(ranet.RegionContext())) for key, words in SCENES.items()}
 
 
 def scene(kind: str, n: int, N: int) -> tuple[Tensor, Tensor]:
@@ -167,9 +71,6 @@ def scene(kind: str, n: int, N: int) -> tuple[Tensor, Tensor]:
     if kind == "objects":
         edge = (k[1:] != k[:-1]).nonzero()[:, 0]
         B[edge] = B[edge + 1] = B[:, edge] = B[:, edge + 1] = 0.9       # both sides of each border
-    elif kind == "pairs":                                       # two pixels, and a wall that joins them
-        row, k = at // 2, at // 3
-        B[(at % 3 == 2) | (at[:, None] % 2 == 1)] = 0.9
     classes = torch.randint(N, (int(row[-1]) + 1, int(k[-1]) + 1))[row][:, k]   # [n, n]
     C = (8.0 * one_hot(classes, N) + 0.3 * torch.randn(n, n, N)).softmax(2)     # [n, n, N]  softmax over the classes
     return (B + 0.01 * torch.randn(n, n)).clamp(0, 1)[None], C.permute(2, 0, 1)[None]
@@ -182,7 +83,7 @@ def make(name: str, n: int, M: int, N: int, device: str) -> tuple[nn.Module, lis
     if name in SCENES:
         inputs += scene(name, n, N)
     dO = torch.randn(1, M, n, n)                                # [1, M, n, n]
-    return BLOCKS[name][2](M, n).to(device), [x.to(device).requires_grad_() for x in inputs], dO.to(device)
+    return BLOCKS[name][1](M).to(device), [x.to(device).requires_grad_() for x in inputs], dO.to(device)
 
 
 def step(name: str, n: int, M: int, N: int, device: str, backward: bool) -> Callable[[], None]:
@@ -266,16 +167,16 @@ def operations(n: int, N: int, k: int = 3) -> int:
 
 @torch.no_grad()
 def count(name: str, n: int, M: int, N: int, device: str) -> tuple[int, int, str]:
-    """Parameters, operations of a forward pass, and what the row includes."""
+    """Parameters, operations of a forward pass, and the numbers of regions and representatives."""
     block, inputs, _ = make(name, n, M, N, device)
     with FlopCounterMode(display=False) as counter:
         block(*inputs)
-    flops, words = counter.get_total_flops(), BLOCKS[name][1]
+    flops, regions = counter.get_total_flops(), ""
     if name in SCENES:
-        size = block.rcb(*inputs[1:]).labels.flatten().bincount()       # [Q]
-        words += f"; regions: {len(size):,}, representatives: {int(size.clamp_max(8).sum()):,}"
+        size = block.context.rcb(*inputs[1:]).labels.flatten().bincount()       # [Q]
+        regions = f"{len(size):,}, {int(size.clamp_max(8).sum()):,}"
         flops += operations(n, N)
-    return sum(p.numel() for p in block.parameters()), flops, words
+    return sum(p.numel() for p in block.parameters()), flops, regions
 
 
 def table(head: str, rows: list[list]) -> str:
@@ -288,10 +189,10 @@ def compare(n: int, M: int, N: int, rounds: int, device: str) -> None:
     seconds = times([(name, n, M, N) for name in BLOCKS], rounds, device)
     unit, rows = seconds["plain", n, M, N], []
     for case, own in seconds.items():
-        parameters, flops, words = count(*case, device)
+        parameters, flops, regions = count(*case, device)
         ratios = [f"{statistics.median(a / b for a, b in zip(*pair)):.2f}" for pair in zip(own, unit)]
-        rows.append([BLOCKS[case[0]][0], f"{parameters:,}", f"{flops / 1e9:.1f}", *ratios, *memory[case[0]], words])
-    head = "block | parameters | GFLOP | time, forward | and backward | MiB, forward | and backward | includes"
+        rows.append([BLOCKS[case[0]][0], f"{parameters:,}", f"{flops / 1e9:.1f}", *ratios, *memory[case[0]], regions])
+    head = "block | parameters | GFLOP | time, forward | and backward | MiB, forward | and backward | regions, representatives"
     print(table(head, rows))
     forward, both = (statistics.median(x) for x in unit)
     print(f"""
@@ -316,14 +217,15 @@ class Calls(TorchDispatchMode):
 
 
 def calls(n: int, M: int, N: int) -> None:
-    rows, quiet = [], {name: lambda *args, **options: None for name in vars(ranet) if name.startswith("_check_")}
-    with mock.patch.multiple(ranet, _few_calls=lambda B: True, _numbers=lambda x: 2 ** 25, **quiet):     # as on a GPU
+    rows, way = [], ranet._way(torch.empty(0, device="meta"))   # as on a GPU, where no values are checked
+    quiet = {name: lambda *args, **options: None for name in vars(ranet) if name.startswith("_check_")}
+    with mock.patch.multiple(ranet, _way=lambda x: way, **quiet):
         for kind in ("objects", "one"):
             block, (A, B, C), dO = make(kind, n, M, N, "cpu")
             with Calls() as rcb:
-                regions = block.rcb(B, C)
+                regions = block.context.rcb(B, C)
             with Calls() as rib:
-                O = block.rib(A, regions)
+                O = block.context.rib(A, regions)
             with Calls() as backward:
                 O.backward(dO)
             launches, waits = zip(*((part.launches, part.waits) for part in (rcb, rib, backward)))

@@ -36,7 +36,7 @@ def drawn():
     torch.manual_seed(0)
     model = train.build(train.parse([]), 7).eval()
     model.reduce[1].weight.data *= 60                           # otherwise all features and weights are nearly equal
-    model.rcb.logits.data[0, 1] = 2                             # W^g has a direction
+    model.context.rcb.logits.data[0, 1] = 2                             # W^g has a direction
     image, label = data.load("shapes", split="val")[9]
     classes = torch.nn.functional.one_hot(label[2::4, 2::4].long(), 7).permute(2, 0, 1)     # [7, 18, 18]
     B = 8 * ranet.pool_boundary(data.boundary_mask(label)[None], (18, 18))[0] - 4 + 0.3 * torch.randn(1, 1, 18, 18)
@@ -62,7 +62,7 @@ def check(picture, row, wanted, mark):
 
 def test_maps_are_those_of_the_network_and_the_largest_regions_come_first(drawn):
     (model, image, maps), seen = drawn, []
-    with torch.inference_mode(), model.rib.register_forward_hook(lambda _rib, _given, O: seen.append(O)):
+    with torch.inference_mode(), model.context.rib.register_forward_hook(lambda _rib, _given, O: seen.append(O)):
         regions = model(data.normalize(image)[None]).regions
     assert torch.equal(maps.labels, regions.labels.flatten())
     torch.testing.assert_close(maps.J, regions.J.flatten())
