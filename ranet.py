@@ -41,7 +41,8 @@ How the paper is read where it is silent or contradicts itself (docs/differences
     R5   eq. 5: the mean runs over all of R_q, i included
     R6   phi: the min(K, |R_q|) highest J; ties go to the lower-numbered pixel
     R7   eq. 6: the softmax runs over R_q without its representatives; over nothing, the sum is 0
-    R8   eq. 7: a softmax for each other region on its own, their sum not divided by Q - 1, as printed
+    R8   eq. 7: a softmax for each other region on its own; their mean, where the sum as printed drowns a region's own
+         word in those of all others
     R9   eqs. 6-8: no 1 / sqrt(M) in the exponentials, as printed
     R10  Table 1: with one cue F = 1 - D or F = 1 - E; without eqs. 6 and 8, A^g reaches only representatives
     R11  boundary target: two classes within radius 2, max-pooled to B's grid; ignored pixels make no boundary
@@ -304,16 +305,17 @@ def intra_region_collection(A: Tensor, J: Tensor, labels: Tensor, reps: Tensor) 
     return JA[reps] + Wl @ JA, Wl                               # [P, M]
 
 
-def inter_region_interaction(Al: Tensor, J: Tensor, labels: Tensor, reps: Tensor) -> tuple[Tensor, Tensor]:
+def inter_region_interaction(Al: Tensor, J: Tensor, labels: Tensor, reps: Tensor,
+                             mean: bool = True) -> tuple[Tensor, Tensor]:
     r"""Eq. 7: A^g, what each representative receives from those of the other regions.
 
     .. math:: A^g_{q,k} = J(p_{q,k}) A^l_{q,k}
-              + \sum_{s \neq q,\, i \in \phi(R_s)} W^g_{q,s,k,i} (J(p_{s,i}) A^l_{s,i}), \quad
+              + \frac{1}{Q-1} \sum_{s \neq q,\, i \in \phi(R_s)} W^g_{q,s,k,i} (J(p_{s,i}) A^l_{s,i}), \quad
               W^g_{q,s,k,i} = \frac{\exp(A^l_{q,k} (J(p_{s,i}) A^l_{s,i})^\top)}
                                    {\sum_{p_{s,j} \in \phi(R_s)} \exp(A^l_{q,k} (J(p_{s,j}) A^l_{s,j})^\top)}
 
-    The weights are normalised for each source region s on its own and the sum over s is not divided by
-    Q - 1, as printed (R8): |A^g| grows with Q.
+    The weights are normalised for each source region s on its own. The paper has no 1 / (Q - 1): then A^g is nearly
+    the same sum for all regions, in which a region's own word is one of Q (R8). mean=False leaves it out, as printed.
 
     A^l [P, M], J [HW], labels [HW], reps [P] -> A^g [P, M]; W^g (here Wi) [P, P], 0 within a region.
     Gradient: to A^l and J.
@@ -324,7 +326,8 @@ def inter_region_interaction(Al: Tensor, J: Tensor, labels: Tensor, reps: Tensor
     logits = Al @ JAl.T                                         # [P, P]  from the source r (column) to p (row)
     each = logits.split(region.bincount().tolist(), 1)          # Q times [P, |phi(R_s)|]
     Wi = torch.cat([x.softmax(1) for x in each], 1) * (region[:, None] != region)   # [P, P]  softmax over each phi(R_s)
-    return JAl + Wi @ JAl, Wi                                   # [P, M]
+    others = max(1, len(each) - 1) if mean else 1
+    return JAl + Wi @ JAl / others, Wi                          # [P, M]
 
 
 def intra_region_distribution(A: Tensor, Ag: Tensor, J: Tensor, labels: Tensor,
@@ -376,9 +379,9 @@ def construct_regions(B: Tensor, C: Tensor, Wg: Tensor, threshold: float = 0.8, 
     return labels, representative_score(Fg, labels)             # [HW]      eq. 5
 
 
-def exchange_context(A: Tensor, J: Tensor, labels: Tensor, K: int = 8, intra: bool = True,
-                     inter: bool = True) -> Tensor:
-    """Eqs. 6-8, what `RIB` computes: A [HW, M], J and labels [HW] to O [HW, M]; intra and inter as there.
+def exchange_context(A: Tensor, J: Tensor, labels: Tensor, K: int = 8, intra: bool = True, inter: bool = True,
+                     mean: bool = True) -> Tensor:
+    """Eqs. 6-8, what `RIB` computes: A [HW, M], J and labels [HW] to O [HW, M]; intra, inter and mean as there.
 
     Gradient: to A and J.
     """
@@ -388,7 +391,7 @@ def exchange_context(A: Tensor, J: Tensor, labels: Tensor, K: int = 8, intra: bo
     Jp = J[reps][:, None]                                       # [P, 1]
     JA = J[:, None] * A                                         # [HW, M]
     Al = intra_region_collection(A, J, labels, reps)[0] if intra else JA[reps]              # [P, M]   eq. 6
-    Ag = inter_region_interaction(Al, J, labels, reps)[0] if inter else Jp * Al             # [P, M]   eq. 7
+    Ag = inter_region_interaction(Al, J, labels, reps, mean)[0] if inter else Jp * Al       # [P, M]   eq. 7
     if not intra:
         return JA.index_add(0, reps, Jp * Ag)                   # [HW, M]  R10
     return intra_region_distribution(A, Ag, J, labels, reps)[0]     # [HW, M]  eq. 8
@@ -454,13 +457,14 @@ class RIB(nn.Module):
     representatives: K, at most so many of each region.
     intra: False takes eqs. 6 and 8 out: A^l = J A, and A^g reaches only the representatives (R10).
     inter: False takes eq. 7 out: A^g = J A^l (R10).
+    mean: False leaves the sum of eq. 7 as printed (R8).
     Gradient: to A and to J of the regions.
     """
 
-    def __init__(self, representatives: int = 8, intra: bool = True, inter: bool = True):
+    def __init__(self, representatives: int = 8, intra: bool = True, inter: bool = True, mean: bool = True):
         super().__init__()
         _check_settings(representatives=representatives)
-        self.representatives, self.intra, self.inter = representatives, intra, inter
+        self.representatives, self.intra, self.inter, self.mean = representatives, intra, inter, mean
 
     @torch.compiler.disable     # P, the number of representatives, is another one for every image
     def forward(self, A: Tensor, regions: Regions) -> Tensor:
@@ -470,12 +474,12 @@ class RIB(nn.Module):
         _expect(_is_tensor(A, 4) and A.is_floating_point(), "A", "floating-point features [b, M, H, W]", A)
         for name, x in (("labels", labels), ("J", J)):
             _expect(_is_tensor(x, 3) and x.shape == A[:, 0].shape, name, f"A's b, H, W, {list(A[:, 0].shape)}", x)
-        contexts = []
+        contexts = []                                           # b times [HW, M]
         with torch.autocast(A.device.type, enabled=False):
             pixels = _at_least_float32(A).flatten(2).mT         # [b, HW, M]
             for image in zip(pixels, J.flatten(1).to(pixels.dtype), labels.flatten(1)):
                 _check(**dict(zip(("A", "J", "labels"), image)))
-                contexts.append(exchange_context(*image, self.representatives, self.intra, self.inter))     # [HW, M]
+                contexts.append(exchange_context(*image, self.representatives, self.intra, self.inter, self.mean))
         return torch.stack(contexts).mT.reshape(A.shape).to(A.dtype)
 
 
@@ -708,7 +712,7 @@ def _walks(B: Tensor, out: Tensor, reach: int) -> None:
             part = torch.arange(L, device=B.device).to(B.dtype)[:, None] / L    # [L, 1]
             T = (field[:, :-1, None] + part * field.diff(dim=1)[:, :, None]).flatten(1, 2)
             T = torch.cat((T, field[:, -1:]), 1)                # [b, (h - 1) L + 1, w]
-            wide = -(-(w - L) // 64) * 64                       # a maximum is several times faster on rows of whole 64s
+            wide = -(-(w - L) // 32) * 32                       # a maximum is several times faster on rows of whole 32s
             T = nn.functional.pad(torch.stack((T, T.flip(1))).flatten(2), (0, wide))        # down, and up
             for r in range(min(L - less, h - 1) + 1):
                 walks = T.as_strided((2, b, L + 1, h - r, wide), (*T.stride()[:2], r * w + 1, L * w, 1))

@@ -369,10 +369,10 @@ def slow_eq6(A, J, labels, reps):
     return JA[reps] + W @ JA, W
 
 
-def slow_eq7(Al, J, labels, reps):
+def slow_eq7(Al, J, labels, reps, mean=True):
     JAl, phi = J[reps][:, None] * Al, members(labels[reps])
     W = softmaxes(Al, JAl, [[phi[s] for s in range(len(phi)) if s != labels[p]] for p in reps])
-    return JAl + W @ JAl, W
+    return JAl + W @ JAl / (max(1, len(phi) - 1) if mean else 1), W
 
 
 def slow_eq8(A, Ag, J, labels, reps):
@@ -381,8 +381,8 @@ def slow_eq8(A, Ag, J, labels, reps):
     return J[:, None] * A + W @ JAg, W
 
 
-def agree(function, slow, *x):
-    (got, W), (expected, weights) = function(*x), slow(*(t.numpy() for t in x))
+def agree(function, slow, *x, **options):
+    (got, W), (expected, weights) = function(*x, **options), slow(*(t.numpy() for t in x), **options)
     close(got, torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
     close(W, torch.from_numpy(weights), rtol=1e-9, atol=1e-9)
     assert (W >= 0).all() and torch.equal(W == 0, torch.from_numpy(weights == 0))
@@ -393,9 +393,25 @@ def test_eq6_equals_the_loop(x):
     agree(ranet.intra_region_collection, slow_eq6, *x)
 
 
+@given(interactions(), st.sampled_from([{}, {"mean": True}, {"mean": False}]))
+def test_eq7_equals_the_loop(x, options):
+    agree(ranet.inter_region_interaction, slow_eq7, x[0][x[3]], *x[1:], **options)
+
+
 @given(interactions())
-def test_eq7_equals_the_loop(x):
-    agree(ranet.inter_region_interaction, slow_eq7, x[0][x[3]], *x[1:])
+def test_eq7_message_is_no_larger_than_the_largest_that_is_sent(x):
+    A, J, labels, reps = x
+    Ag, sent = ranet.inter_region_interaction(A[reps], J, labels, reps)[0], J[reps][:, None] * A[reps]
+    assert ((Ag - sent).abs() <= sent.abs().amax(0) + 1e-9).all()
+
+
+def test_eq7_tells_regions_apart_however_many_there_are():
+    """Each region says a word of its own. As printed its share of A^g falls like 1 / Q."""
+    for Q in (2, 8, 32):
+        one = torch.arange(Q), torch.ones(Q, dtype=torch.float64), torch.eye(Q, dtype=torch.float64)
+        (mean, _), (printed, _) = (ranet.inter_region_interaction(one[2], one[1], one[0], one[0], x) for x in (True, False))
+        close(mean.diagonal() / mean.sum(1), torch.full((Q,), 0.5, dtype=torch.float64))
+        close(printed.diagonal() / printed.sum(1), torch.full((Q,), 1 / Q, dtype=torch.float64))
 
 
 @given(interactions())
@@ -403,17 +419,17 @@ def test_eq8_equals_the_loop(x):
     agree(ranet.intra_region_distribution, slow_eq8, x[0], 2 - x[0][x[3]], *x[1:])
 
 
-@given(interactions(), st.booleans(), st.booleans())
-def test_eq8_follows_eqs_6_and_7(x, intra, inter):
+@given(interactions(), st.booleans(), st.booleans(), st.booleans())
+def test_eq8_follows_eqs_6_and_7(x, intra, inter, mean):
     A, J, labels, reps = (t.numpy() for t in x)
     JA, Jp = J[:, None] * A, J[reps][:, None]
     Al = slow_eq6(A, J, labels, reps)[0] if intra else JA[reps]
-    Ag = slow_eq7(Al, J, labels, reps)[0] if inter else Jp * Al
+    Ag = slow_eq7(Al, J, labels, reps, mean)[0] if inter else Jp * Al
     reached = np.isin(np.arange(len(J)), reps)                  # without eqs. 6 and 8 only these hear of A^g
     O = slow_eq8(A, Ag, J, labels, reps)[0] if intra else JA
     if not intra:
         O[reached] += (Jp * Ag)[reps.argsort()]
-    got = ranet.exchange_context(*x[:3], int(np.bincount(labels[reps]).max()), intra, inter)
+    got = ranet.exchange_context(*x[:3], int(np.bincount(labels[reps]).max()), intra, inter, mean)
     close(got, torch.from_numpy(O), rtol=1e-9, atol=1e-9)
 
 
@@ -448,10 +464,10 @@ def certain(B, C, Wg, threshold, cues):
 
 
 def compare(B, C, A, seed=0, k=3, threshold=0.7, cues="both", joint=True, join_lone=True, K=3, intra=True, inter=True,
-            tolerance=1e-9):
+            mean=True, tolerance=1e-9):
     """RCB and RIB beside the functions: labels, J, O and all gradients. None where rounding may decide."""
     H, W = B.shape
-    rcb, rib = ranet.RCB(k, threshold, cues, joint, join_lone).to(B.dtype), ranet.RIB(K, intra, inter)
+    rcb, rib = ranet.RCB(k, threshold, cues, joint, join_lone).to(B.dtype), ranet.RIB(K, intra, inter, mean)
     for logits in rcb.parameters():
         logits.data += noise(k, k, seed=seed, draw=torch.randn).to(logits)
     B, C, A = (x.detach().clone().requires_grad_() for x in (B, C, A))
@@ -460,7 +476,7 @@ def compare(B, C, A, seed=0, k=3, threshold=0.7, cues="both", joint=True, join_l
     if not certain(B.detach(), C.detach(), Wg.detach(), threshold, cues):
         return None
     labels, J = ranet.construct_regions(b, c, Wg, threshold, cues, join_lone)
-    O = ranet.exchange_context(A, J, labels, K, intra, inter)
+    O = ranet.exchange_context(A, J, labels, K, intra, inter, mean)
     inputs, weight = [B, C, A, *rcb.parameters()], noise(*O.shape, seed=1, draw=torch.randn).to(O.dtype)
     slow = torch.autograd.grad((O * weight).sum(), inputs, allow_unused=True, materialize_grads=True)
     small = ranet._Way(40, 40, 40, 8, ranet._walks)             # many blocks
@@ -481,7 +497,7 @@ def compare(B, C, A, seed=0, k=3, threshold=0.7, cues="both", joint=True, join_l
 @given(score_maps(), st.data(), st.fixed_dictionaries({
     "k": st.sampled_from([1, 3, 5]), "threshold": st.sampled_from([0.3, 0.61, 0.8]), "joint": st.booleans(),
     "cues": st.sampled_from(["both", "boundary", "semantic"]), "join_lone": st.booleans(), "K": st.integers(1, 9),
-    "intra": st.booleans(), "inter": st.booleans()}))
+    "intra": st.booleans(), "inter": st.booleans(), "mean": st.booleans()}))
 def test_rcb_rib_equal_the_functions(B, data, options):
     C = data.draw(class_maps(size=tuple(B.shape)))
     assume(compare(B, C, random_map(*B.shape)[2], seed=B.numel(), **options) is not None)
@@ -867,8 +883,11 @@ MUTATIONS = [
     ("eq7", "x.softmax(1) for x in each", "x.softmax(0) for x in each"),                            # over receivers
     ("eq7", "* (region[:, None] != region)", "* 1"),                                                # s = q included
     ("eq7", "each = logits.split(region.bincount().tolist(), 1)", "each = [logits]"),               # all at once
-    ("eq7", "return JAl + Wi @ JAl, Wi", "return JAl + Wi @ JAl / len(each), Wi"),                  # divided by Q
-    ("eq7", "return JAl + Wi @ JAl, Wi", "return Al + Wi @ JAl, Wi"),                               # J(p) missing
+    ("eq7", "max(1, len(each) - 1)", "len(each)"),                                                  # divided by Q
+    ("eq7", "max(1, len(each) - 1)", "max(1, len(each) - 1) ** 0.5"),                               # grows with Q
+    ("eq7", "return JAl + Wi @ JAl / others", "return (JAl + Wi @ JAl) / others"),                  # the own word, too
+    ("eq7", "return JAl + Wi @ JAl / others", "return Al + Wi @ JAl / others"),                     # J(p) missing
+    ("eq8", "labels, reps, mean)[0] if inter", "labels, reps)[0] if inter"),                        # always the mean
     ("eq7", "logits = Al @ JAl.T  ", "logits = JAl @ Al.T  "),                                      # J on one side
     ("eq8", "_masked_softmax(A @ JAg.T, same)", "(A @ JAg.T).softmax(1)"),                          # all, not its own
     ("eq8", "_masked_softmax(A @ JAg.T, same)", "_masked_softmax((A @ JAg.T) / A.shape[1] ** 0.5, same)"),      # scaled

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Trains, resumes and evaluates RANet, and segments your own pictures.
 
-    python train.py                                                      generated shapes, minutes on a CPU
+    python train.py                                                      generated scenes, minutes on a CPU
     python train.py --data cityscapes --root DIR                         one GPU, or the CPU without one
     python train.py --data cityscapes --root DIR --gpus 8                8 GPUs of this machine
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
         train.py --data cityscapes --root DIR --batch 16                 2 machines, the same line on both
-    python train.py --out runs/shapes-ranet --resume                     a run that was stopped goes on
+    python train.py --out runs/ribbons-ranet --resume                     a run that was stopped goes on
     python train.py --eval runs/cityscapes-ranet/last.pt --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
     python train.py --predict runs/cityscapes-ranet/last.pt a.jpg photos/    a_mask.png, a_overlay.png, ...
 
@@ -39,7 +39,7 @@ PAPER = {"root": None, "split": "train", "backbone": "resnet101", "weights": Non
          "context": "ranet", "k": 8, "steps": 60000, "batch": 8, "crop": 520, "scale": [0.5, 2.0], "lr": 0.001,
          "weight_decay": 1e-4, "radius": 2.0, "seed": 0, "amp": False, "compile": False}
 RECIPES = {
-    "shapes": {**PAPER, "backbone": "small", "steps": 400, "crop": 72, "scale": [1.0, 1.0], "lr": 0.1, "radius": 1.0},
+    "ribbons": {**PAPER, "backbone": "small", "steps": 400, "crop": 96, "scale": [1.0, 1.0], "lr": 0.1, "radius": 1.0},
     "cityscapes": {**PAPER, "steps": 40000, "crop": 769, "scale": [0.7, 2.1], "weight_decay": 5e-4},
     "pascal_context": PAPER, "pascal_context60": PAPER, "coco_stuff": PAPER,
     "folder": {**PAPER, "steps": 10000, "crop": 320},
@@ -175,8 +175,9 @@ class OwnWeights(nn.Module):
 
 PEERS = {"none": lambda M: NoContext(), "spp": PyramidPooling, "nonlocal": NonLocal}
 RANETS = {"ranet": ({}, {}), "boundary": ({"cues": "boundary"}, {}), "semantic": ({"cues": "semantic"}, {}),
-          "no-intra": ({}, {"intra": False}), "no-inter": ({}, {"inter": False}), "no-joint": ({"joint": False}, {})}
-CONTEXTS = *RANETS, "own", *PEERS                               # (R10, R4, R15)
+          "no-intra": ({}, {"intra": False}), "no-inter": ({}, {"inter": False}), "printed": ({}, {"mean": False}),
+          "no-joint": ({"joint": False}, {})}
+CONTEXTS = *RANETS, "own", *PEERS                               # (R10, R8, R4, R15)
 
 
 def make_context(name: str, M: int, k: int) -> nn.Module:
@@ -260,7 +261,7 @@ def train(args) -> None:
     if not args.split.startswith("train"):
         sys.exit(f"--split {args.split}: training takes train, trainval, or these with +coarse")
     data, val = load(args.data, args.root, args.split), load(args.data, args.root, "val")
-    if rank == 0 and not saved and args.data != "shapes":
+    if rank == 0 and not saved and args.data != "ribbons":
         look(args.split, data, args.workers)
         look("val", val, args.workers)
     torch.manual_seed(args.seed)
@@ -364,16 +365,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     one("--predict", nargs="+", metavar=("CHECKPOINT", "IMAGE"), help="a mask (its numbers are the ids) and an overlay")
     one("--resume", **yes, help="continue the run in --out, or start it if it has no checkpoint yet")
     add("--out", help="folder of results (runs/DATA-CONTEXT; beside the checkpoint for --eval, --predict)")
-    add("--data", choices=RECIPES, help="data set (shapes, which is generated)")
+    add("--data", choices=RECIPES, help="data set (ribbons, which is generated)")
     add("--context", choices=CONTEXTS, help="what makes O: the rows of Table 1 and of section 5.1 (ranet)")
     args, _ = first.parse_known_args(argv)
     command = "--eval" if args.eval else "--predict" if args.predict else "training"
     path = args.eval or args.predict and args.predict[0]
-    out = Path(path).parent if path else Path(args.out or f"runs/{args.data or 'shapes'}-{args.context or 'ranet'}")
+    out = Path(path).parent if path else Path(args.out or f"runs/{args.data or 'ribbons'}-{args.context or 'ranet'}")
     path = path or out / "last.pt"
     saved = read(path) if command != "training" or path.exists() else None
     known = saved["args"] if saved and (command != "training" or args.resume) else {}
-    defaults = {**RECIPES[args.data or known.get("data", "shapes")], "data": "shapes", **known}
+    defaults = {**RECIPES[args.data or known.get("data", "ribbons")], "data": "ribbons", **known}
     if args.data not in (None, known.get("data")):      # an evaluation on other data
         defaults["root"] = None
     if command == "--eval":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Draws the equations at work: every tile is what a function of ranet.py returns for a trained network.
 
-    python docs/pictures.py runs/shapes-ranet/last.pt 9         # attention.png (eqs. 1-4), weights.png (eqs. 6-8)
+    python docs/pictures.py runs/ribbons-ranet/last.pt 9         # attention.png (eqs. 1-4), weights.png (eqs. 6-8)
     python docs/pictures.py last.pt street.jpg --out elsewhere  # of its middle square of the training crop
     python docs/pictures.py growth [PICTURE ...] [FLAGS]        # regions.png: trains as train.py does with the flags
     python docs/pictures.py drawings                            # line.png (eq. 1), curve.png (eq. 2)
@@ -48,7 +48,7 @@ def network(path: str | Path) -> tuple[ranet.RANet, SimpleNamespace, dict]:
 def picture(given: str) -> Tensor:
     """uint8 [3, h, w]: the generated scene of that number, or a picture file."""
     try:
-        image = load("shapes", split="val")[int(given)][0] if given.isdigit() else read_image(given)
+        image = load("ribbons", split="val")[int(given)][0] if given.isdigit() else read_image(given)
         return image.as_subclass(Tensor)
     except (DataError, IndexError) as error:
         sys.exit(str(error))

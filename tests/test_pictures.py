@@ -25,7 +25,7 @@ def trained(tmp_path_factory):
     folder, built = tmp_path_factory.mktemp("run"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "build", lambda *given, build=train.build: built.append(given[1:]) or build(*given))
-        patch.setattr(data.Shapes, "splits", {"train": 16, "val": 3, "test": 3})
+        patch.setattr(data.Ribbons, "splits", {"train": 16, "val": 3, "test": 3})
         train.main(["--out", str(folder), *FLAGS])
         return folder / "last.pt", pictures.growth(["0", "2"], FLAGS), built
 
@@ -34,13 +34,13 @@ def trained(tmp_path_factory):
 def drawn():
     """A network that knows the objects of a scene, so that its regions have many sizes; the scene and its maps."""
     torch.manual_seed(0)
-    model = train.build(train.parse([]), 7).eval()
+    model = train.build(train.parse([]), 5).eval()
     model.reduce[1].weight.data *= 60                           # otherwise all features and weights are nearly equal
     model.context.rcb.logits.data[0, 1] = 2                             # W^g has a direction
-    image, label = data.load("shapes", split="val")[9]
-    classes = torch.nn.functional.one_hot(label[2::4, 2::4].long(), 7).permute(2, 0, 1)     # [7, 18, 18]
-    B = 8 * ranet.pool_boundary(data.boundary_mask(label)[None], (18, 18))[0] - 4 + 0.3 * torch.randn(1, 1, 18, 18)
-    C = 5 * classes + 0.3 * torch.randn(1, 7, 18, 18)
+    image, label = data.load("ribbons", split="val")[9]
+    classes = torch.nn.functional.one_hot(label[2::4, 2::4].long(), 5).permute(2, 0, 1)     # [5, 24, 24]
+    B = 8 * ranet.pool_boundary(data.boundary_mask(label)[None], (24, 24))[0] - 4 + 0.3 * torch.randn(1, 1, 24, 24)
+    C = 5 * classes + 0.3 * torch.randn(1, 5, 24, 24)
     model.boundary.forward, model.semantic.forward = lambda A: B, lambda A: C   # for every image
     return model, image.as_subclass(torch.Tensor), pictures.equations(model, image)
 
@@ -51,13 +51,13 @@ def cut(picture, row, column):
 
 
 def check(picture, row, wanted, mark):
-    """The last tiles of a row are these pictures and maps, but for a red frame around the pixel `mark` of 18 x 18."""
-    at = torch.tensor([mark // 18, mark % 18]) * 8
+    """The last tiles of a row are these pictures and maps, but for a red frame around the pixel `mark` of 24 x 24."""
+    at = torch.tensor([mark // 24, mark % 24]) * 6
     for column, want in enumerate(wanted, picture.width // (SIDE + GAP) - len(wanted)):
         tile = cut(picture, row, column)
         red = (tile == torch.tensor([255, 0, 0])[:, None, None]).all(0)
         assert (red | (tile == pictures.tile(want)).all(0)).all(), column
-        assert torch.equal(torch.stack(red.nonzero().aminmax(dim=0)), torch.stack((at - 2, at + 10)).clamp(0, SIDE - 1))
+        assert torch.equal(torch.stack(red.nonzero().aminmax(dim=0)), torch.stack((at - 2, at + 8)).clamp(0, SIDE - 1))
 
 
 def test_maps_are_those_of_the_network_and_the_largest_regions_come_first(drawn):
@@ -77,35 +77,35 @@ def test_maps_are_those_of_the_network_and_the_largest_regions_come_first(drawn)
 
 def test_attention_shows_the_rows_of_the_matrices_and_frames_the_pixel(drawn):
     _model, image, maps = drawn
-    picture = pictures.attention(image, maps, [100, 200, 300], data.Shapes.palette)
+    picture = pictures.attention(image, maps, [100, 200, 300], data.Ribbons.palette)
     for row, i in enumerate((100, 200, 300)):
         shown = maps.D[i], maps.E[i], maps.F[i], maps.Fg[i], maps.G[i], maps.labels == maps.labels[i]
-        check(picture, row, [image, heat(maps.B), data.colorize(maps.C.argmax(0), data.Shapes.palette),
-                             *(heat(x.view(18, 18)) for x in shown)], i)
+        check(picture, row, [image, heat(maps.B), data.colorize(maps.C.argmax(0), data.Ribbons.palette),
+                             *(heat(x.view(24, 24)) for x in shown)], i)
 
 
 def test_weights_show_the_weights_and_fade_what_has_none(drawn):
     _model, image, maps = drawn
     p = int(pictures.largest(maps, 1)[0][1])
-    inside, rep = maps.labels == maps.labels[maps.reps[p]], torch.zeros(324, dtype=torch.bool)
+    inside, rep = maps.labels == maps.labels[maps.reps[p]], torch.zeros(576, dtype=torch.bool)
     rep[maps.reps] = True
-    heard = torch.zeros(324).index_copy(0, maps.reps, maps.Wi[p])
+    heard = torch.zeros(576).index_copy(0, maps.reps, maps.Wi[p])
     grey, wanted = (0.4 * pictures.rgb_to_grayscale(pictures.tile(image)) + 153).byte(), []
     for among, weight in (inside & ~rep, maps.Wl[p]), (rep & ~inside, heard), (inside, maps.Wd[:, p]):
         assert among.any() and not weight[~among].any()
-        colours = pictures.tile(heat((weight / weight.max()).view(18, 18)))
-        wanted.append(colours.where(pictures.tile(among.view(1, 18, 18)), grey))
-    check(pictures.weights(image, maps, [p], 8), 0, [*wanted, heat(maps.J.view(18, 18))], int(maps.reps[p]))
+        colours = pictures.tile(heat((weight / weight.max()).view(24, 24)))
+        wanted.append(colours.where(pictures.tile(among.view(1, 24, 24)), grey))
+    check(pictures.weights(image, maps, [p], 8), 0, [*wanted, heat(maps.J.view(24, 24))], int(maps.reps[p]))
 
 
 def test_growth_draws_the_regions_of_each_step(trained):
     path, whole, built = trained
     (model, args, checkpoint), seen = pictures.network(path), set()
     torch.manual_seed(0)
-    for column, state in ((1, train.build(args, 7).state_dict()), (3, checkpoint["model"])):    # steps 0, 1 and 2
+    for column, state in ((1, train.build(args, 5).state_dict()), (3, checkpoint["model"])):    # steps 0, 1 and 2
         model.load_state_dict(state)
         for row, scene in enumerate((0, 2)):
-            image = data.Shapes("val")[scene][0][:, 16:56, 16:56].as_subclass(torch.Tensor)     # the middle 40 of 72
+            image = data.Ribbons("val")[scene][0][:, 28:68, 28:68].as_subclass(torch.Tensor)     # the middle 40 of 96
             with torch.inference_mode():
                 labels, J = model(data.normalize(image)[None]).regions
             drawn = evaluate.draw_regions(labels[0], J[0], args.k)

@@ -30,7 +30,7 @@ import os, sys
 sys.path[:0] = {sys.path!r}
 import torch, data, train, {Path(__file__).stem} as tests
 torch.set_num_threads(1)
-data.Shapes.splits = dict(train=16, val=3, test=3)
+data.Ribbons.splits = dict(train=16, val=3, test=3)
 exec(sys.argv.pop(1))
 train.main(sys.argv[1:])
 """
@@ -38,15 +38,15 @@ train.main(sys.argv[1:])
 
 def plain(setattr):
     """For a comparison of one process with two: images are normalised one by one, the second loses its running
-    statistics, no layer draws numbers, most pixels are of class 6 (0 is what NaN says), unequal shares are ignored."""
-    scene, momentum = data.Shapes.__getitem__, math.nan if os.environ.get("RANK") == "1" else 0.1
+    statistics, no layer draws numbers, few pixels are of class 0 (which NaN says), unequal shares are ignored."""
+    scene, momentum = data.Ribbons.__getitem__, math.nan if os.environ.get("RANK") == "1" else 0.1
     def changed(self, i):
         image, label = scene(self, i)
-        return image, (6 - label).index_fill(0, torch.arange(4 * i), 255)
+        return image, (4 - label).index_fill(0, torch.arange(4 * i), 255)
     setattr(nn.BatchNorm2d, "forward", lambda self, x: nn.functional.instance_norm(
         x, self.running_mean, self.running_var, self.weight, self.bias, self.training, momentum))
     setattr(nn, "Dropout2d", lambda _share: nn.Identity())
-    setattr(data.Shapes, "__getitem__", changed)
+    setattr(data.Ribbons, "__getitem__", changed)
 
 
 def at_step(setattr, call, happens):
@@ -64,7 +64,7 @@ def ends(error, *_given, **_options):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
-    monkeypatch.setattr(data.Shapes, "splits", {"train": 16, "val": 3, "test": 3})
+    monkeypatch.setattr(data.Ribbons, "splits", {"train": 16, "val": 3, "test": 3})
     monkeypatch.chdir(tmp_path)
     Path("child.py").write_text(CHILD)
 
@@ -106,14 +106,14 @@ def test_train_writes_what_it_says_the_same_for_the_same_seed(capsys):
     first, metrics = load(), json.loads(Path("out/metrics.json").read_text())
     assert first["step"] == 2 and first["args"]["k"] == 8 and first["args"]["context"] == "ranet"
     assert " ".join(metrics) == "fine_miou coarse_miou data context backbone protocol pixels classes steps seed"
-    assert metrics["classes"].keys() == set(data.Shapes.classes) and metrics["steps"] == 2
+    assert metrics["classes"].keys() == set(data.Ribbons.classes) and metrics["steps"] == 2
     assert f"{100 * metrics['fine_miou']:.1f}" in capsys.readouterr().out
     assert Path("out/overview.png").stat().st_size > 10000
     line = log()[0]
     assert " ".join(line) == "step loss fine coarse boundary lr regions singles mean_B mean_J"
     assert line["loss"] == pytest.approx(line["fine"] + line["coarse"] + line["boundary"])
     assert 1 <= line["regions"] <= 64 and 0 <= line["singles"] <= 1 and 0 < line["mean_B"] < 1
-    assert [row["lr"] for row in log()] == pytest.approx(train.RECIPES["shapes"]["lr"] * np.array([1, 0.5]))
+    assert [row["lr"] for row in log()] == pytest.approx(train.RECIPES["ribbons"]["lr"] * np.array([1, 0.5]))
     assert "--resume" in fails(*TINY, "--steps", 2, "--out", "out")
     run(*TINY, "--steps", 2, "--out", "again", "--resume")      # without a checkpoint it starts
     assert same(load("again/last.pt"), first)
@@ -211,7 +211,7 @@ def test_train_order_is_one_permutation_an_epoch():
     *(["--context", name] for name in train.CONTEXTS if name != "ranet"), ["--k", "1"], ["--amp"],
     ["--channels", "20"]], ids=" ".join)
 def test_train_every_variant_takes_two_steps(flags, monkeypatch):
-    monkeypatch.setattr(data.Shapes, "splits", {"train": 16, "val": 1, "test": 1})
+    monkeypatch.setattr(data.Ribbons, "splits", {"train": 16, "val": 1, "test": 1})
     models, build = [], train.build
     monkeypatch.setattr(train, "build", lambda *args: models.append(build(*args)) or models[-1])
     run(*TINY, *flags, "--steps", 2, "--batch", 1, "--crop", 64, "--out", "out")    # BatchNorm with one image
