@@ -631,7 +631,7 @@ class _Way(NamedTuple):
 
 def _way(x: Tensor) -> _Way:
     if x.device.type == "cpu":
-        return _Way(2 ** 19, 2 ** 21, 2 ** 22, 512, _walks)
+        return _Way(2 ** 19, 2 ** 21, 2 ** 22, 128, _walks)
     return _Way(2 ** 25, 2 ** 25, 2 ** 27, 2 ** 31, _gathers)
 
 
