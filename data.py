@@ -97,7 +97,7 @@ class Ribbons(Dataset):
 
 
 GROUNDS = (214, 192, 152), (150, 170, 120), (176, 150, 130), (150, 160, 170), (190, 170, 180)
-SIGNS, LAMPS, WALL = ((255, 190, 40), (60, 120, 255)), ((235, 70, 50), (240, 248, 255)), (70, 58, 50)
+SIGNS, LAMPS, WALL = ((255, 190, 40), (60, 120, 255)), ((225, 50, 130), (240, 248, 255)), (70, 58, 50)
 
 
 def _scene(rng: np.random.Generator, size: int, night: int) -> tuple[np.ndarray, np.ndarray]:
