@@ -796,6 +796,16 @@ def _steps(B: Tensor, labels: Tensor, margin: int) -> Tensor:
     return steps
 
 
+def _pair_attention(B: Tensor, Ci: Tensor, Cj: Tensor, i: Tensor, j: Tensor, steps: Tensor | None, cues: str) -> Tensor:
+    """Eqs. 1-3 for pixels i [I] and j [J] of B [H, W], with C_i [1, N, I] and C_j [1, N, J], to F [I, J]; for autograd."""
+    D = E = 0
+    if cues != "semantic":      # the sample of eq. 1 is known
+        D = _on_line(B, i[:, None].int(), j.int(), steps.index_select(0, i).index_select(1, j))
+    if cues != "boundary":
+        E = _divergence(Ci, Cj)[0]
+    return region_attention(D, E)
+
+
 def _gradient(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, steps: Tensor | None, Wg: Tensor, cues: str,
               needs: tuple) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of sum_i dJ_i J_i for one image: labels and dJ [HW] to dB [H, W], dC [N, H, W] and dW^g [k, k].
@@ -817,23 +827,18 @@ def _gradient(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, steps: Tensor | 
         V, place = (y * W + x).flatten(0, 1).unique(return_inverse=True)        # [v]  the pixels that count
         v, at = len(V), place + q * len(V)                      # [k k, members]  in a [Q, v] matrix
         share = Wg.new_zeros((int(q[-1]) + 1) * v)
-        share = share.scatter_add(0, at.flatten(), Wg.reshape(-1, 1).expand_as(at).flatten()).view(-1, v).requires_grad_()
+        share.index_add_(0, at.flatten(), Wg.flatten().repeat_interleave(len(q)))
+        share = share.view(-1, v).requires_grad_()              # [Q, v]
         w, region = B.new_zeros(v), labels.new_zeros(v)         # [v] each; what only lies around has w = 0
         w[place[k * k // 2]], region[place[k * k // 2]] = dJ[members] / size[labels[members]], q
         c = C[None, :, V].requires_grad_(needs[1])              # [1, N, v]
         rows = max(1, way.graph // (len(C) * v))
         for a in range(0, v, rows):
             i, j = slice(a, a + rows), slice(a, v)              # rows, and the columns not yet met as rows
-            D = E = 0
             with torch.enable_grad():
                 omega = w[i, None] * share[:, j].index_select(0, region[i])
-                omega = omega + (w[j, None] * share[:, i].index_select(0, region[j])).T     # [i, j]
-                if cues != "semantic":
-                    step = steps.index_select(0, V[i]).index_select(1, V[j])
-                    D = _on_line(B, V[i, None].int(), V[j].int(), step)         # eq. 1: the sample is known
-                if cues != "boundary":
-                    E = _divergence(c[..., i], c[..., j])[0]    # eq. 2
-                F = omega.triu() * region_attention(D, E)       # eq. 3
+                omega = omega + (w[j, None] * share[:, i].index_select(0, region[j])).T         # [i, j]
+                F = omega.triu() * _pair_attention(B, c[..., i], c[..., j], V[i], V[j], steps, cues)
                 (F.sum() - F.diagonal().sum() / 2).backward()   # i = j was counted twice
         if c.grad is not None:
             dC.index_add_(1, V, c.grad[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Measures what the readings of differences.md change (R1, R3, R4b, R8, R11, R14), on label maps.
+"""Measures what the readings of differences.md change (R1, R3, R4, R11), on label maps.
 
     python docs/differences.py --root camvid
 
@@ -73,24 +73,8 @@ def thin_walls(n: int = 21) -> None:
         print(f"| {threshold} | {k} | {found.get(1, 'never')} | {found.get(2, 'never')} |")
 
 
-def size_of_O(labels: list[Tensor], N: int) -> None:
-    print(f"\nR8, R14. Single pixels and |O| at {SIZE[0]} x {SIZE[1]}, A = relu(noise) / 10 of 512 channels (means "
-          "over the maps):\n\n| threshold | Q | regions of a single pixel | norm of O / norm of A |\n|---|---|---|---|")
-    for threshold in (0.3, 0.5, 0.65, 0.8, 0.9):
-        rows = []
-        for seed, label in enumerate(labels):
-            B, C = maps(label, N, SIZE)
-            regions = ranet.RCB(threshold=threshold, join_lone=False)(B[None], C[None])
-            A = torch.randn(1, 512, *SIZE, generator=torch.Generator().manual_seed(seed)).relu() / 10
-            O = ranet.RIB()(A, regions)
-            count = regions.labels.flatten().bincount()
-            rows.append((len(count), (count == 1).sum() / len(count), O.norm() / A.norm()))
-        Q, alone, ratio = torch.tensor(rows).mean(0).tolist()
-        print(f"| {threshold} | {Q:.0f} | {alone:.0%} | {ratio:.0f} |")
-
-
 def region_sizes(labels: list[Tensor], N: int, side: int = 97) -> None:
-    print(f"\nR4b. Regions at {side} x {side}, k = 3, tau = 0.8 (means over {len(labels)} label maps, in brackets the "
+    print(f"\nR4. Regions at {side} x {side}, k = 3, tau = 0.8 (means over {len(labels)} label maps, in brackets the "
           "lowest and the highest of one map):\n\n| lone pixels | cues | Q | pixels a region | lone pixels, share of "
           "all | regions of more than 20 pixels | P (K = 8) |\n" + "|---" * 7 + "|")
     for join, cues in itertools.product((False, True), ("both", "boundary", "semantic")):
@@ -121,7 +105,7 @@ def boundary_target(labels: list[Tensor]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="a data set in the layout of `folder`")
-    parser.add_argument("--images", type=int, default=24, help="label maps of val; half as many of each split for R4b")
+    parser.add_argument("--images", type=int, default=24, help="label maps of val; half as many of each split for R4")
     args = parser.parse_args()
     data = load("folder", args.root, "val")
     labels = [data[i * len(data) // args.images][1].as_subclass(Tensor) for i in range(args.images)]
@@ -131,7 +115,6 @@ def main() -> None:
     region_sizes(every, N)
     thin_walls()
     end_points_and_threshold(labels, N)
-    size_of_O(labels, N)
     boundary_target(labels)
 
 

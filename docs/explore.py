@@ -19,9 +19,10 @@ from torchvision.transforms.v2.functional import resize
 import ranet  # pictures.py has put its folder on the path
 
 PAGE, MARK = Path(__file__).with_name("explore.html"), "const SCENES = "
-START = {"tau": 0.8, "centre": 0.87, "K": 8, "cues": "both", "join_lone": True, "intra": True, "inter": True}
+START = {"tau": 0.8, "centre": 0.87, "K": 8, "cues": "both", "join_lone": True, "intra": True, "inter": True,
+         "mean": True}
 SETTINGS = [START | changed for changed in (
-    {}, {"tau": 0.5, "cues": "boundary", "K": 3}, {"cues": "semantic", "intra": False, "centre": 0.6},
+    {}, {"tau": 0.5, "cues": "boundary", "K": 3, "mean": False}, {"cues": "semantic", "intra": False, "centre": 0.6},
     {"join_lone": False, "inter": False, "K": 1})]
 
 
@@ -54,9 +55,11 @@ def painted() -> dict:
 
 
 def trained(name: str, path: str, given: str) -> dict:
-    """What a checkpoint of train.py makes of a picture that is made small: 18 pixels on the map's shorter side."""
+    """What a checkpoint of train.py makes of a generated scene, or of a picture that is made small: 18 pixels on the
+    map's shorter side."""
     model, args, checkpoint = network(path)
-    image = resize(picture(given), 18 * (4 if args.backbone == "small" else 8))
+    image = picture(given)
+    image = image if given.isdigit() else resize(image, 18 * (4 if args.backbone == "small" else 8))
     with torch.no_grad():
         A, B, C = heads(model, image)
     shown = "data:image/jpeg;base64," + text(encode_jpeg(resize(image, 144), quality=80))
@@ -77,7 +80,7 @@ def expected(s: dict) -> list[dict]:
         Wg = torch.full((3, 3), (1 - use["centre"]) / 8, dtype=torch.float64)
         Wg[1, 1] = use["centre"]
         labels, J = ranet.construct_regions(B, C, Wg, use["tau"], use["cues"], use["join_lone"])
-        O = ranet.exchange_context(A, J, labels, use["K"], use["intra"], use["inter"])      # [HW, M]
+        O = ranet.exchange_context(A, J, labels, use["K"], use["intra"], use["inter"], use["mean"])      # [HW, M]
         found.append({"set": use, "labels": text(labels.to(torch.uint16)), "J": text(J.float()),
                       "O": [round(x, 5) for x in O.sum(0).tolist()]})
     return found
