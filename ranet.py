@@ -581,7 +581,7 @@ def ranet_loss(output: Output, label: Tensor, mask: Tensor, weights: tuple[float
     with the mask max-pooled to that grid (R11). The paper gives no weights: they are equal (R12).
 
     label: [b, h, w] int64, a class 0..N-1 or 255 for ignored.
-    mask: [b, h, w], 1 on the boundary, 0 off it, 255 for ignored.
+    mask: [b, h, w], 1 on the boundary, 0 off it, 255 where label is ignored.
     weights: of the fine, coarse and boundary loss in the total.
     counts: what to divide by, see `label_counts`; None: this batch's. With n processes that average their
         gradients, the sum of their counts, divided by n.
@@ -592,9 +592,10 @@ def ranet_loss(output: Output, label: Tensor, mask: Tensor, weights: tuple[float
             "label", f"int64 of shape {list(output.fine[:, 0].shape)}", label)
     _expect(_is_tensor(mask, 3) and mask.shape == label.shape, "mask", f"label's shape, {list(label.shape)}", mask)
     if label.device.type == "cpu":
-        for name, x, last in (("label", label, N - 1), ("mask", mask, 1)):
-            bad = x[((x < 0) | (x > last)) & (x != 255)]
-            _expect(len(bad) == 0, name, f"0..{last} or 255", str(bad[:1].tolist()))
+        for name, x, ok, expected in (
+                ("label", label, (label >= 0) & (label < N) | (label == 255), f"0..{N - 1} or 255"),
+                ("mask", mask, (mask == 0) | (mask == 1) | (mask == 255) & (label == 255), "0, 1, or 255 where label is")):
+            _expect(bool(ok.all()), name, expected, str(x[~ok][:1].tolist()))
     pixels, cells = label_counts(label, mask, output.boundary.shape[1:]) if counts is None else counts
     fine, coarse = (nn.functional.cross_entropy(_at_least_float32(x), label, ignore_index=255, reduction="sum")
                     / pixels.clamp_min(1) for x in (output.fine, output.coarse))   # mean over the labelled pixels

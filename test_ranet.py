@@ -828,7 +828,7 @@ def bad_inputs():
         (lambda backbone: ranet.RANet(backbone, 5, 3, 6)(torch.rand(1, 3, 8, 8)), {},
          {"backbone": [torch.nn.Identity(), torch.nn.MaxPool2d(2, return_indices=True)]}),      # three channels; a pair
         (ranet.ranet_loss, {"output": out, "label": zeros, "mask": zeros},
-         {"label": [zeros + 2, zeros[:, :2], zeros.float()], "mask": [zeros[0], zeros + 2]}),
+         {"label": [zeros + 2, zeros[:, :2], zeros.float()], "mask": [zeros[0], zeros + 2, zeros + 255, zeros + 0.5]}),
     ]
     return [(name, function, {**right, name.split(".")[0]: value})
             for function, right, wrong in calls for name, values in wrong.items() for value in values]
