@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The data sets: images with one class a pixel, their augmentation, and the boundary masks.
 
-    ribbons          generated scenes, no files, the default     5 classes
+    ribbons          generated scenes, no files, the default     7 classes
     cityscapes       fine and coarse annotations                19
     pascal_context   from .mat files or PNGs                    59; pascal_context60: with the background
     coco_stuff       10k and 164k                              171
@@ -63,21 +63,22 @@ def load(name: str, root: str | Path | None = None, split: str = "train") -> Dat
 class Ribbons(Dataset):
     """Ribbons of equal look, parted by walls. A sign in each and one lamp for all say what they are.
 
-    Four ribbons cross the image; two hold a golden sign, two a blue one, anywhere. A lamp, sun or moon, lies in one of
-    them. A ribbon is gold or blue by its own sign, which only its region connects to all of its pixels (eqs. 6 and 8):
-    the sign that is nearest is often a neighbour's. It is of the day or the night by the lamp, which other regions have
-    to tell it (eq. 7). Day and night take turns, and nothing else differs.
+    Four ribbons cross the image; two hold a golden sign, two a blue one, anywhere. A lamp, sun or moon, hangs on one of
+    the walls. A ribbon is gold or blue by its own sign, which only its region connects to all of its pixels (eqs. 6 and
+    8): the sign that is nearest is often a neighbour's. It is of the day or the night by the lamp, of which another
+    region has to tell it (eq. 7). Day and night take turns, and nothing else differs.
 
     So a network that sees neither calls each ribbon pixel one of four: the IoU of a class is p / (1 + 3p) where it gets
-    a share p of them, at most 1/7 each in the mean, and with perfect walls mIoU (1 + 4/7) / 5 = 31 %. One that knows
-    the lamp only (pooling; attention, to which all ribbons look alike) or the signs only (regions without eq. 7) is left
-    with one of two: p / (1 + p), 1/3 each and mIoU 47 %. Who knows both can reach 100 %. In fact all score a little more,
-    since near a sign it is seen directly.
+    a share p of them, at most 1/7 each in the mean, and with walls and lamps perfect mIoU (3 + 4/7) / 7 = 51 %. One that
+    knows the lamp only (pooling; attention, to which all ribbons look alike) or the signs only (regions without eq. 7)
+    is left with one of two: p / (1 + p), 1/3 each and mIoU 62 %. Who knows both can reach 100 %. Near a sign or the lamp
+    everybody sees it.
 
     The same (seed, split, index) is the same scene everywhere. size: h and w, at least 80.
     """
-    classes = "wall", "gold day", "blue day", "gold night", "blue night"
-    palette = (60, 50, 45), (245, 195, 100), (150, 185, 240), (150, 95, 15), (35, 55, 130)
+    classes = "wall", "gold day", "blue day", "gold night", "blue night", "sun", "moon"
+    palette = ((60, 50, 45), (245, 195, 100), (150, 185, 240), (150, 95, 15), (35, 55, 130), (225, 50, 130),
+               (240, 248, 255))
     splits = {"train": 2000, "val": 200, "test": 200}           # noqa: RUF012
 
     def __init__(self, split: str = "train", seed: int = 0, size: int = 96):
@@ -112,22 +113,26 @@ def _scene(rng: np.random.Generator, size: int, night: int) -> tuple[np.ndarray,
     ribbon = np.searchsorted(walls, across)                     # [size, size]  0..3
     edge = abs(across - walls[:, None, None]).min(0)            # [size, size]  how far the nearest wall is
     frame = np.minimum(np.minimum(y, x), size - 1 - np.maximum(y, x))
-    room, colour = np.minimum(edge - 2, frame), rng.permutation([0, 0, 1, 1])       # [size, size], [4]
+    colour = rng.permutation([0, 0, 1, 1])                      # [4]  of the ribbons' signs
+
+    def place(room, r):
+        """[size, size]: how far each pixel lies within a disc of radius r, whose centre has room for it."""
+        spots = np.flatnonzero(room >= min(r, room.max()))
+        cy, cx = divmod(int(spots[rng.integers(len(spots))]), size)
+        return r + 0.5 - np.hypot(y - cy, x - cx)
 
     def paint(cover, tint):
         image[:] += np.clip(cover, 0, 1) * (np.array(tint, np.float32)[:, None, None] - image)
 
-    things = [(ribbon == q, 4.5, SIGNS[colour[q]]) for q in range(4)] + [(ribbon >= 0, 7, LAMPS[night])]
-    for inside, r, tint in things:
-        fits = np.where(inside, room, -1)
-        spots = np.flatnonzero(fits >= min(r, fits.max()))
-        cy, cx = divmod(int(spots[rng.integers(len(spots))]), size)
-        d = np.hypot(y - cy, x - cx)                            # [size, size]
-        paint(r + 0.5 - d, tint)
-        room = np.minimum(room, d - r - 2)                      # the lamp keeps off the signs
+    lamp = place(np.where(edge < 1, frame, -1), 8.5)
     paint(2 - edge, WALL)
+    paint(lamp, LAMPS[night])
+    for q in range(4):
+        room = np.minimum(np.minimum(edge, -lamp) - 3, frame)   # off walls and lamp
+        paint(place(np.where(ribbon == q, room, -9), 4.5), SIGNS[colour[q]])
     image += rng.normal(0, 4, image.shape)
     label = np.where(edge < 1.5, 0, 1 + colour[ribbon] + 2 * night)
+    label[lamp > 0.5] = 5 + night
     return np.clip(image, 0, 255).astype(np.uint8), label.astype(np.uint8)
 
 

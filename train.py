@@ -39,7 +39,7 @@ PAPER = {"root": None, "split": "train", "backbone": "resnet101", "weights": Non
          "context": "ranet", "k": 8, "steps": 60000, "batch": 8, "crop": 520, "scale": [0.5, 2.0], "lr": 0.001,
          "weight_decay": 1e-4, "radius": 2.0, "seed": 0, "amp": False, "compile": False}
 RECIPES = {
-    "ribbons": {**PAPER, "backbone": "small", "steps": 400, "crop": 96, "scale": [1.0, 1.0], "lr": 0.1, "radius": 1.0},
+    "ribbons": {**PAPER, "backbone": "small", "steps": 300, "crop": 96, "scale": [1.0, 1.0], "lr": 0.1, "radius": 1.0},
     "cityscapes": {**PAPER, "steps": 40000, "crop": 769, "scale": [0.7, 2.1], "weight_decay": 5e-4},
     "pascal_context": PAPER, "pascal_context60": PAPER, "coco_stuff": PAPER,
     "folder": {**PAPER, "steps": 10000, "crop": 320},

@@ -90,7 +90,7 @@ def test_docs_page_function_and_tests_name_each_other(page):
     assert nav == [READING_ORDER[before], "README", READING_ORDER[before + 2]], "previous, map, next"
     if page != "regions":
         assert text.startswith(f"# Eq. {page[2:]}: ") and re.findall(r"^## (.+)$", text, re.MULTILINE) == [
-            "The equation", "Symbols", "The idea", "By hand", "Gradient", "The released code"]
+            "The equation", "Symbols", "The idea", "By hand", "Gradient"]
 
 
 def test_docs_checks_notice_mistakes():
