@@ -77,7 +77,7 @@ class Ribbons(Dataset):
     The same (seed, split, index) is the same scene everywhere. size: h and w, at least 80.
     """
     classes = "wall", "gold day", "blue day", "gold night", "blue night", "sun", "moon"
-    palette = ((60, 50, 45), (245, 195, 100), (150, 185, 240), (150, 95, 15), (35, 55, 130), (225, 50, 130),
+    palette = ((60, 50, 45), (245, 195, 100), (150, 185, 240), (150, 95, 15), (35, 55, 130), (230, 75, 45),
                (240, 248, 255))
     splits = {"train": 2000, "val": 200, "test": 200}           # noqa: RUF012
 
@@ -98,7 +98,7 @@ class Ribbons(Dataset):
 
 
 GROUNDS = (214, 192, 152), (150, 170, 120), (176, 150, 130), (150, 160, 170), (190, 170, 180)
-SIGNS, LAMPS, WALL = ((255, 190, 40), (60, 120, 255)), ((225, 50, 130), (240, 248, 255)), (70, 58, 50)
+SIGNS, LAMPS, WALL = ((255, 190, 40), (60, 120, 255)), ((230, 75, 45), (240, 248, 255)), (70, 58, 50)
 
 
 def _scene(rng: np.random.Generator, size: int, night: int) -> tuple[np.ndarray, np.ndarray]:
