@@ -34,13 +34,13 @@ def trained(tmp_path_factory):
 def drawn():
     """A network that knows the objects of a scene, so that its regions have many sizes; the scene and its maps."""
     torch.manual_seed(0)
-    model = train.build(train.parse([]), 5).eval()
+    model = train.build(train.parse([]), 7).eval()
     model.reduce[1].weight.data *= 60                           # otherwise all features and weights are nearly equal
     model.context.rcb.logits.data[0, 1] = 2                             # W^g has a direction
     image, label = data.load("ribbons", split="val")[9]
-    classes = torch.nn.functional.one_hot(label[2::4, 2::4].long(), 5).permute(2, 0, 1)     # [5, 24, 24]
+    classes = torch.nn.functional.one_hot(label[2::4, 2::4].long(), 7).permute(2, 0, 1)     # [7, 24, 24]
     B = 8 * ranet.pool_boundary(data.boundary_mask(label)[None], (24, 24))[0] - 4 + 0.3 * torch.randn(1, 1, 24, 24)
-    C = 5 * classes + 0.3 * torch.randn(1, 5, 24, 24)
+    C = 5 * classes + 0.3 * torch.randn(1, 7, 24, 24)
     model.boundary.forward, model.semantic.forward = lambda A: B, lambda A: C   # for every image
     return model, image.as_subclass(torch.Tensor), pictures.equations(model, image)
 
@@ -102,7 +102,7 @@ def test_growth_draws_the_regions_of_each_step(trained):
     path, whole, built = trained
     (model, args, checkpoint), seen = pictures.network(path), set()
     torch.manual_seed(0)
-    for column, state in ((1, train.build(args, 5).state_dict()), (3, checkpoint["model"])):    # steps 0, 1 and 2
+    for column, state in ((1, train.build(args, 7).state_dict()), (3, checkpoint["model"])):    # steps 0, 1 and 2
         model.load_state_dict(state)
         for row, scene in enumerate((0, 2)):
             image = data.Ribbons("val")[scene][0][:, 28:68, 28:68].as_subclass(torch.Tensor)     # the middle 40 of 96
