@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -199,12 +199,24 @@ def reading(path: str | Path, kind: str):
         raise DataError(f"{path} is no readable {kind}: {error}") from None
 
 
+def upright(picture: Image.Image) -> Image.Image:
+    """As its EXIF orientation says, 2 to 8; as it is where that cannot be read."""
+    way = Image.Transpose
+    turns = dict(enumerate((way.FLIP_LEFT_RIGHT, way.ROTATE_180, way.FLIP_TOP_BOTTOM, way.TRANSPOSE, way.ROTATE_270,
+                            way.TRANSVERSE, way.ROTATE_90), 2))
+    picture.load()                              # which turns a TIFF
+    with contextlib.suppress(Exception):        # whatever a damaged block leads to
+        turn = turns.get(picture.getexif().get(0x0112))
+        return picture if turn is None else picture.transpose(turn)
+    return picture
+
+
 def read_image(path: str | Path) -> Tensor:
     """uint8 [3, h, w], upright as viewers show it, grey and palette pictures as RGB."""
     with reading(path, "picture"), Image.open(path) as picture:
         if picture.mode[0] in "IF":     # Pillow would clip it to 255
             raise DataError(f"{path} has pixels of type {picture.mode}, expected 8 bits a channel")
-        return v2.functional.pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))       # [3, h, w]
+        return v2.functional.pil_to_tensor(upright(picture).convert("RGB"))     # [3, h, w]
 
 
 def read_ids(path: str | Path) -> np.ndarray:
@@ -216,7 +228,7 @@ def read_ids(path: str | Path) -> np.ndarray:
         kind = "grey of less than 8 bits" if packed else picture.mode
         if kind not in ("L", "P"):
             raise DataError(f"{path} has pixels of type {kind}, expected 8-bit ids in one channel")
-        return np.asarray(picture).astype(np.int32)             # [h, w]
+        return np.asarray(upright(picture)).astype(np.int32)    # [h, w]
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:
@@ -228,14 +240,16 @@ def read_mat(path: Path, key: str) -> np.ndarray:
         return ids.astype(np.int32)                             # [h, w]
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, gaps: bool = True) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except UnicodeDecodeError:
         raise DataError(f"{path}: expected UTF-8") from None
-    if not lines:
+    if not any(lines):
         raise DataError(f"{path} is empty")
-    return lines
+    if not gaps and "" in lines:        # the numbers of the lines count
+        raise DataError(f"{path}: line {lines.index('') + 1} is empty")
+    return list(filter(None, lines))
 
 
 def pictures_in(folder: Path, pattern: str) -> list[Path]:
@@ -393,18 +407,18 @@ class Folder(Files):
     """
 
     def __init__(self, root: Path, split: str):
-        self.classes = read_lines(self.need(root / "classes.txt"))
+        self.classes = read_lines(self.need(root / "classes.txt"), gaps=False)
         N = len(self.classes)
-        if N >= IGNORE or len(set(self.classes)) < N:
-            raise DataError(f"{root / 'classes.txt'} names {N} classes, expected 1 to 254, each once")
+        if not 2 <= N < IGNORE or len(set(self.classes)) < N:
+            raise DataError(f"{root / 'classes.txt'} names {N} classes, expected 2 to 254, each once")
         self.palette = distinct_colours(N)
-        images, labels, names = self.need(root / split / "images"), root / split / "labels", {}
+        images, self.labels, names = self.need(root / split / "images"), root / split / "labels", {}
         for path in pictures_in(images, "*"):
             other = names.setdefault(path.stem, path)
             if other != path:               # one label, and one name for the prediction
                 raise DataError(f"{other} and {path.name}: two images of one name")
-        super().__init__([(path, labels / f"{name}.png" if labels.exists() else None) for name, path in names.items()],
-                         {IGNORE: IGNORE, **{n: n for n in range(N)}})
+        files = [(path, self.labels / f"{name}.png" if self.labels.exists() else None) for name, path in names.items()]
+        super().__init__(files, {IGNORE: IGNORE, **{n: n for n in range(N)}})
 
 
 # --- From a data set to batches --------------------------------------------------------------------------

@@ -171,13 +171,13 @@ def evaluate(model: nn.Module, data, split: str, trained: str, args, predictions
 
 
 def report(result: dict, path: Path) -> None:
+    path.write_text(json.dumps(result, indent=1) + "\n")
     rows = {**result["classes"], "mean": {"fine": result["fine_miou"], "coarse": result["coarse_miou"]}}
     width = max(map(len, [*rows, "IoU in %"]))
     print(f"{'IoU in %':{width}}    fine  coarse")
     for name, row in rows.items():
         print(f"{name:{width}}", *("      -" if x is None else f"{100 * x:7.1f}" for x in row.values()))
     print(result["protocol"], flush=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def score(model: nn.Module, args) -> None:

@@ -244,7 +244,9 @@ def look(split: str, data, workers: int) -> None:
     missing = [name for name, count in zip(data.classes, pixels) if not count]
     nothing = len(missing) == len(data.classes)
     if nothing and split != "val":
-        sys.exit(f"{split}: nothing is labelled in its {len(data)} images")
+        folder = getattr(data, "labels", Path())
+        why = "" if folder.is_dir() else f": {folder} is no folder"
+        sys.exit(f"{split}: nothing is labelled in its {len(data)} images{why}")
     if missing:
         print(f"{split}: no pixel of {len(missing)} of {len(data.classes)} classes ({', '.join(missing[:5])})"
               f"{', so there will be no score' * nothing}", flush=True)
@@ -329,6 +331,8 @@ def train(args) -> None:
                     "classes": list(data.classes), "palette": [list(colour) for colour in data.palette]})
     except (KeyboardInterrupt, ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
         kept = f"{last} is whole, and --resume goes on from it" if last.exists() else "there is no checkpoint yet"
+        if type(error) is ValueError:           # what is not finite will be so again
+            kept = "start anew with a lower --lr"
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
         sys.exit(f"training stopped at step {step}: {reason}; {kept}")
     finally:
@@ -429,6 +433,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")   # a class name that cannot be shown ends nothing
     store, rank, world, local = None, 0, 1, 0
     if "RANK" in os.environ:            # torchrun has started this process
         lost = [x for x in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if x not in os.environ]

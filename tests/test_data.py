@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Data sets in their exact real layouts, every kind of broken file, augmentation, boundary masks, generated scenes."""
 import os
+import struct
 import subprocess
 import sys
 import zlib
@@ -33,7 +34,7 @@ def write(root, files):
 
 @pytest.fixture
 def folder(tmp_path):
-    write(tmp_path, {"classes.txt": "\ufeffroad\nsky\n\ntree\n",       # with a byte order mark
+    write(tmp_path, {"classes.txt": "\ufeffroad\nsky\ntree\n\n",       # with a byte order mark
                      "test/images/a.png": np.full((6, 8), 77)})
     for name in "ab":
         write(tmp_path, {f"train/images/{name}.jpg": np.zeros((6, 8, 3)),
@@ -62,10 +63,15 @@ def test_data_turned_photos_are_read_upright(folder, orientation, end):
               upright[::-1, ::-1].T, np.rot90(upright, -1)][orientation - 1]
     exif = Image.Exif()
     exif[0x0112] = orientation
+    if end == "png":                                            # the same, with a resolution that is a text
+        entries = struct.pack("<HHII", 0x0112, 3, 1, orientation), struct.pack("<HHI4s", 0x011A, 2, 3, b"72")
+        exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(entries) + bytes(4)
     (folder / "train/images/a.jpg").unlink()
     Image.fromarray(stored).convert("RGB").save(folder / f"train/images/a.{end}", exif=exif)
     train = data.load("folder", folder)
     assert train[0][0][0].tolist() == upright.tolist() and data.Look(train)[0].sum() == 48     # the label's size
+    Image.fromarray(stored % 3).save(folder / "train/labels/a.png", exif=exif)      # a tool that copied the block
+    assert train[0][1].tolist() == (upright % 3).tolist()
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -145,6 +151,8 @@ def test_data_coco_stuff_forms_agree(tmp_path):
     (lambda r: (r / "classes.txt").unlink(), "missing: .*classes.txt\n.*Expected folders"),
     (lambda r: write(r, {"classes.txt": "\n"}), "classes.txt is empty"),
     (lambda r: write(r, {"classes.txt": "road\nroad\n"}), "classes.txt names 2 classes, .* each once"),
+    (lambda r: write(r, {"classes.txt": "road\n"}), "classes.txt names 1 classes, expected 2 to 254"),
+    (lambda r: write(r, {"classes.txt": "road\n\nsky\n"}), "classes.txt: line 2 is empty"),
     (lambda r: (r / "classes.txt").write_text("sky\nroad", encoding="utf-16"), "classes.txt: expected UTF-8"),
     (lambda r: (r / "train/labels/b.png").unlink(), "missing: .*b.png"),
     (lambda r: write(r, {"train/images/a.b.png": [[0]], "train/images/a.png": [[0]]}), "a.jpg and a.png: two images"),

@@ -149,7 +149,7 @@ def test_train_a_full_disk_keeps_the_checkpoint(monkeypatch):
 
 
 @pytest.mark.parametrize("happens, said", [
-    (lambda loss: loss._replace(total=loss.total / 0), "step 1: the loss is inf; out/last.pt is whole"),
+    (lambda loss: loss._replace(total=loss.total / 0), "step 1: the loss is inf; start anew with a lower --lr"),
     (partial(ends, RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
                                 "dataloader's workers are out of shared memory.")),
      "too little shared memory for workers: raise it")])
@@ -160,10 +160,11 @@ def test_train_says_what_ended_it(monkeypatch, happens, said):
 
 
 def test_train_never_saves_weights_that_are_not_finite_and_says_what_they_led_to(monkeypatch):
-    assert "step 1: B: expected numbers in [0, 1], got some from nan" in fails(*TINY, "--lr", "1e38", "--out", "high")
+    message = fails(*TINY, "--lr", "1e38", "--out", "high")
+    assert "step 1: B: expected numbers in [0, 1], got some from nan" in message and "start anew with a lower --lr" in message
     at_step(monkeypatch.setattr, 1, lambda loss: loss._replace(total=1e30 * loss.total))
     message = fails(*TINY, "--lr", "1e30", "--steps", 6, "--out", "out")
-    assert "step 0: weights that are not finite; there is no checkpoint yet" in message
+    assert "step 0: weights that are not finite; start anew with a lower --lr" in message
 
 
 # --- processes -------------------------------------------------------------------------------------------
@@ -368,7 +369,7 @@ def test_train_checkpoints_that_do_not_fit():
             ("--predict out/last.pt a.png --eval x.pt", "--eval"), ("--eval out/last.pt --resume", "--resume")):
         assert said in fails("--out", "out", *flags.split())
     for changed, said in (
-            ({**checkpoint, "classes": ["a"]}, "class 0 is 'a' in x.pt and 'ground' in the data (1 and 7 classes)"),
+            ({**checkpoint, "classes": ["a"]}, "class 0 is 'a' in x.pt and 'wall' in the data (1 and 7 classes)"),
             ({**checkpoint, "args": {**checkpoint["args"], "context": "spp"}}, "another model"),
             (checkpoint["model"], "x.pt")):
         torch.save(changed, "x.pt")
@@ -415,6 +416,9 @@ def test_train_looks_at_the_labels_first(photos, capsys):
     for i in (0, 1):
         Image.new("L", (24, 20), 255).save(f"set/train/labels/{i}.png")
     assert "train: nothing is labelled in its 2 images" in fails(*photos, "--out", "new")
+    Path("set/train/labels").rename("set/train/masks")
+    assert "set/train/labels is no folder" in fails(*photos, "--out", "new")
+    Path("set/train/masks").rename("set/train/labels")
     Image.fromarray(np.uint8(255 * np.eye(20, 24))).save("set/train/labels/0.png")      # 0 and 255, as many tools write
     run(*photos, "--out", "new")
     assert "train: no pixel of 1 of 2 classes (road)" in capsys.readouterr().out
@@ -453,6 +457,13 @@ def test_train_predictions_are_ids_with_colours_and_replace_only_predictions(pho
     assert Path("new/b_overlay.png").read_bytes() == mine and Path("new/c_mask.png").exists()
     monkeypatch.setattr(evaluate, "evaluate", lambda *args: pytest.fail("evaluated first"))
     assert "Not a directory" in fails("--eval", "out/last.pt", "--workers", "0", "--out", "pictures/c.webp/out")
+
+
+def test_train_keeps_its_results_where_names_cannot_be_printed(photos):
+    Path("set/classes.txt").write_text("\u5929\u7a7a\nroad", encoding="utf-8")
+    result = child(*photos, code="os.environ.update(OMP_NUM_THREADS='1'); sys.stdout.reconfigure(encoding='cp1252')")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "\\u5929\\u7a7a" in result.stdout and {"metrics.json", "overview.png"} <= set(os.listdir("out"))
 
 
 def test_train_writes_cityscapes_label_ids():
