@@ -201,42 +201,57 @@ MAKER, OURS = "RANet train.py", PngImagePlugin.PngInfo()
 OURS.add_text("Software", MAKER)                # such a file may be replaced, others not
 
 
+def made_here(path: Path) -> bool:
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software") == MAKER
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
+
+
 def predict(model: nn.Module, args) -> None:
-    """--predict: a mask and an overlay of every picture; one that cannot be read is told, and the others go on."""
+    """--predict: a mask and an overlay of every picture. One that cannot be segmented is told, and the others go on; in
+    a folder, hidden files and predictions are no pictures."""
     given = [Path(x) for x in args.predict[1:]]
-    pictures = [x for p in given for x in (sorted(p.iterdir()) if p.is_dir() else [p])
-                if x in given or x.suffix.lower() in PICTURES]
+    inside = [x for p in given if p.is_dir() for x in sorted(p.iterdir())
+              if x.suffix.lower() in PICTURES and x.name[0] != "." and not made_here(x)]
+    pictures = list({x.resolve(): x for x in (*(p for p in given if not p.is_dir()), *inside)}.values())
     if not pictures:
         sys.exit(f"--predict: no pictures ({', '.join(PICTURES)}) in {' '.join(map(str, given))}")
-    if len({picture.stem for picture in pictures}) < len(pictures):
-        sys.exit("--predict: two pictures have the same name, and so would their results")
+    stems = {}
+    for x in pictures:
+        if stems.setdefault(x.stem, x) != x:
+            sys.exit(f"--predict: {stems[x.stem]} and {x} have the same name, and so would their results")
     palette = [tuple(colour) for colour in args.saved["palette"]]
     restore(model, args.saved, args.path, args.saved["classes"])
     model.eval()
     writable(Path(args.out))
-    bad, mine = 0, pictures[args.rank::args.world]
-    for picture in mine:
+    bad = torch.zeros((), dtype=torch.int64, device=args.device)
+    for picture in pictures[args.rank::args.world]:
         targets = [Path(args.out) / f"{picture.stem}_{kind}.png" for kind in ("mask", "overlay")]
         try:
             image = read_image(picture)                         # [3, h, w]
             for target in targets:
-                if target.exists() and Image.open(target).info.get("Software") != MAKER:
+                if target.exists() and not made_here(target):
                     raise DataError(f"{target} was not made by --predict and is not replaced: choose another --out")
-        except (DataError, OSError) as error:
-            print(error, file=sys.stderr, flush=True)
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+                p = segment(model, normalize(image).to(args.device), args, maps=1)[0]       # [N, h, w]
+            label = p.argmax(0).cpu()                           # [h, w]
+            mask = Image.fromarray(label.byte().numpy())        # the numbers are the ids,
+            mask.putpalette([x for colour in palette for x in colour])      # and viewers show the colours
+            found = label.unique()
+            overlay = draw_segmentation_masks(image, label == found[:, None, None], 0.6, [palette[n] for n in found])
+            for target, result in zip(targets, (mask, to_pil_image(overlay))):
+                result.save(target.with_suffix(".tmp"), "PNG", pnginfo=OURS)
+                os.replace(target.with_suffix(".tmp"), target)
+                print(target, flush=True)
+        except (DataError, OSError, RuntimeError, MemoryError) as error:    # the last two: too large
+            print(error if isinstance(error, DataError) else f"{picture}: {one_line(error)}", file=sys.stderr, flush=True)
             bad += 1
-            continue
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            label = segment(model, normalize(image).to(args.device), args, maps=1)[0].argmax(0).cpu()    # [h, w]
-        mask = Image.fromarray(label.byte().numpy())            # the numbers are the ids,
-        mask.putpalette([x for colour in palette for x in colour])      # and viewers show the colours
-        found = label.unique()
-        overlay = draw_segmentation_masks(image, label == found[:, None, None], 0.6, [palette[n] for n in found])
-        for target, result in zip(targets, (mask, to_pil_image(overlay))):
-            result.save(target, pnginfo=OURS)
-            print(target, flush=True)
+    if args.world > 1:
+        dist.all_reduce(bad)
     if bad:
-        sys.exit(f"{bad} of {len(mine)} pictures could not be segmented")
+        sys.exit(f"{bad} of {len(pictures)} pictures could not be segmented")
 
 
 # --- A picture of what the network does, as in the paper's Figure 5 --------------------------------------

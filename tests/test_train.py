@@ -440,7 +440,13 @@ def test_train_predictions_are_ids_with_colours_and_replace_only_predictions(pho
     for name, mode in (("a", "RGB"), ("b", "L")):
         Image.new(mode, (24, 20), 90).save(f"pictures/{name}.jpg")
     assert "no pictures (" in fails("--predict", "out/last.pt", "set/train")
-    assert "same name" in fails("--predict", "out/last.pt", "pictures", "other/a.png")
+    assert "pictures/a.jpg have the same name" in fails("--predict", "out/last.pt", "pictures", "other/a.png")
+    Path("pictures/._a.jpg").write_bytes(b"what another system leaves")
+    run("--predict", "out/last.pt", "pictures", "pictures/b.jpg", "--out", "pictures")
+    run("--predict", "out/last.pt", "pictures", "--out", "pictures")       # its own results are no pictures
+    assert len(os.listdir("pictures")) == 7
+    for path in Path("pictures").glob("*_*.png"):
+        path.unlink()
     run("--predict", "out/last.pt", "pictures", "--out", "new")
     assert "new/b_overlay.png\n" in capsys.readouterr().out
     ids, mask = data.read_ids("new/a_mask.png"), Image.open("new/a_mask.png")
@@ -455,6 +461,14 @@ def test_train_predictions_are_ids_with_colours_and_replace_only_predictions(pho
     said = capsys.readouterr().err
     assert "a.jpg is no readable picture" in said and "b_overlay.png was not made by --predict" in said
     assert Path("new/b_overlay.png").read_bytes() == mine and Path("new/c_mask.png").exists()
+    slide = evaluate.slide
+    with monkeypatch.context() as patch:                        # nor does one that is too large end the others
+        patch.setattr(evaluate, "slide", lambda model, image, *given: slide(model, image, *given)
+                      if image.shape[3] < 30 else ends(RuntimeError("can't allocate memory: 9 bytes\nat")))
+        Image.new("RGB", (34, 20)).save("pictures/b1.png")
+        assert "2 of 4 pictures" in fails("--predict", "out/last.pt", "pictures", "--out", "newest")
+    assert "pictures/b1.png: can't allocate memory: 9 bytes\n" in capsys.readouterr().err
+    assert Path("newest/c_mask.png").exists()
     monkeypatch.setattr(evaluate, "evaluate", lambda *args: pytest.fail("evaluated first"))
     assert "Not a directory" in fails("--eval", "out/last.pt", "--workers", "0", "--out", "pictures/c.webp/out")
 
