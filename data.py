@@ -98,7 +98,7 @@ class Ribbons(Dataset):
 
 
 GROUNDS = (214, 192, 152), (150, 170, 120), (176, 150, 130), (150, 160, 170), (190, 170, 180)
-SIGNS, LAMPS, WALL = ((255, 190, 40), (60, 120, 255)), ((230, 75, 45), (240, 248, 255)), (70, 58, 50)
+SIGNS, LAMPS, WALL = ((255, 190, 40), (60, 120, 255)), ((230, 75, 45), (240, 248, 255)), (60, 50, 45)
 
 
 def _scene(rng: np.random.Generator, size: int, night: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,13 +125,13 @@ def _scene(rng: np.random.Generator, size: int, night: int) -> tuple[np.ndarray,
         image[:] += np.clip(cover, 0, 1) * (np.array(tint, np.float32)[:, None, None] - image)
 
     lamp = place(np.where(edge < 1, frame, -1), 8.5)
-    paint(2 - edge, WALL)
+    paint(3 - edge, WALL)
     paint(lamp, LAMPS[night])
     for q in range(4):
-        room = np.minimum(np.minimum(edge, -lamp) - 3, frame)   # off walls and lamp
-        paint(place(np.where(ribbon == q, room, -9), 4.5), SIGNS[colour[q]])
+        room = np.minimum(np.minimum(edge, -lamp) - 4, frame)   # off walls and lamp
+        paint(place(np.where(ribbon == q, room, -9), 5), SIGNS[colour[q]])
     image += rng.normal(0, 4, image.shape)
-    label = np.where(edge < 1.5, 0, 1 + colour[ribbon] + 2 * night)
+    label = np.where(edge < 2.5, 0, 1 + colour[ribbon] + 2 * night)
     label[lamp > 0.5] = 5 + night
     return np.clip(image, 0, 255).astype(np.uint8), label.astype(np.uint8)
 
