@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 from tqdm import tqdm
@@ -237,17 +237,22 @@ def region_statistics(regions: ranet.Regions, boundary: Tensor) -> Tensor:
     return torch.tensor([Q, singles, boundary.sigmoid().mean().item(), regions.J.mean().item()], device=boundary.device)
 
 
-def look(split: str, data, workers: int) -> None:
-    """Every picture and label is read once before the first step: what is wrong or missing is said now."""
-    loader = DataLoader(Look(data), batch_size=None, num_workers=workers)
-    pixels = sum(tqdm(loader, f"looking at the labels of {split}", **BAR))      # [256]
+def look(split: str, data, args) -> None:
+    """Every picture and label is read once before the first step, by one of the processes: what is wrong or missing is
+    said now."""
+    mine = Subset(Look(data), range(args.rank, len(data), args.world))
+    loader = DataLoader(mine, batch_size=None, num_workers=args.workers)
+    bar = tqdm(loader, f"looking at the labels of {split}", disable=args.rank > 0, **BAR)
+    pixels = sum(bar, torch.zeros(256, dtype=torch.int64)).to(args.device)
+    if args.world > 1:
+        dist.all_reduce(pixels)
     missing = [name for name, count in zip(data.classes, pixels) if not count]
     nothing = len(missing) == len(data.classes)
     if nothing and split != "val":
         folder = getattr(data, "labels", Path())
         why = "" if folder.is_dir() else f": {folder} is no folder"
         sys.exit(f"{split}: nothing is labelled in its {len(data)} images{why}")
-    if missing:
+    if missing and args.rank == 0:
         print(f"{split}: no pixel of {len(missing)} of {len(data.classes)} classes ({', '.join(missing[:5])})"
               f"{', so there will be no score' * nothing}", flush=True)
 
@@ -263,9 +268,9 @@ def train(args) -> None:
     if not args.split.startswith("train"):
         sys.exit(f"--split {args.split}: training takes train, trainval, or these with +coarse")
     data, val = load(args.data, args.root, args.split), load(args.data, args.root, "val")
-    if rank == 0 and not saved and args.data != "ribbons":
-        look(args.split, data, args.workers)
-        look("val", val, args.workers)
+    if not saved and args.data != "ribbons":
+        look(args.split, data, args)
+        look("val", val, args)
     torch.manual_seed(args.seed)
     model = build(args, len(data.classes), "none" if saved else args.weights).to(device)
     if world > 1 and device.type == "cuda":

@@ -422,6 +422,8 @@ def test_train_looks_at_the_labels_first(photos, capsys):
     Image.fromarray(np.uint8(255 * np.eye(20, 24))).save("set/train/labels/0.png")      # 0 and 255, as many tools write
     run(*photos, "--out", "new")
     assert "train: no pixel of 1 of 2 classes (road)" in capsys.readouterr().out
+    shared = child(*photos, "--out", "two", processes=2)        # each looks at one of the two
+    assert shared.stdout.count("train: no pixel of 1 of 2 classes (road)") == 1, shared.stderr[-2000:]
     Image.new("RGB", (24, 20)).save("set/train/labels/1.png")
     assert "set/train/labels/1.png has pixels of type RGB" in fails(*photos, "--out", "newer")
     assert not Path("newer").exists()
