@@ -922,7 +922,7 @@ MUTATIONS = [
     ("rcb", "clamp_min(2 * TINY)", "clamp_min(TINY)"),                                              # slope at C = 0
     ("rcb", "F.sum() - F.diagonal().sum() / 2", "F.sum()"),                                         # i = j twice
     ("rcb", "omega = omega + (w[j, None]", "omega = omega - (w[j, None]"),
-    ("rcb", "F = omega.triu() * region", "F = omega * region"),                                     # pairs twice
+    ("rcb", "F = omega.triu() * _pair", "F = omega * _pair"),                                       # pairs twice
     ("rcb", "dC.index_add_(1, V, c.grad[0])", "dC.index_copy_(1, V, c.grad[0])"),                   # of the last group
     ("context", "B = _at_least_float32(boundary).sigmoid()", "B = _at_least_float32(boundary).tanh()"),
     ("context", "C = _at_least_float32(coarse).softmax(1)", "C = _at_least_float32(coarse).softmax(2)"),        # over rows
