@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What a checkpoint is used for: scores, the label maps of a server, masks of pictures, an overview.
 
-train.py is the command line. Everything here is for one process of args.world, on args.device; images are
-walked by windows, so their size does not matter.
+train.py is the command line. Each process handles its share of the images, by sliding windows.
 """
 import io
 import itertools

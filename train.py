@@ -106,7 +106,7 @@ def make_backbone(name: str, weights: str = "none", strides: list[int] | None = 
         if weights != "none":
             fresh, file = net, {} if weights == "imagenet" else {"pretrained_cfg_overlay": {"file": weights}}
             net = timm.create_model(name, **options, pretrained=True, **file)
-            # timm skips what the file does not hold; that is equal, as the same numbers were drawn twice.
+            # timm keeps its random numbers where the file has none: equal tensors are the missing ones.
             for (key, a), b in zip(net.named_parameters(), fresh.parameters()):
                 if a.dim() > 1 and torch.equal(a, b):
                     sys.exit(f"--weights {weights} has no {key} for {name}")
@@ -118,7 +118,7 @@ def make_backbone(name: str, weights: str = "none", strides: list[int] | None = 
     for p in backbone.parameters():
         p.requires_grad_(p.grad is not None)                    # DDP stops where a parameter is idle
         p.grad = None
-    if hrnet:               # the paper's second model, as far as its one line says
+    if hrnet:               # HRNetV2-W48 + ASPP; the paper says no more (Table 5)
         return nn.Sequential(backbone, ASPP(sum(backbone.channels), (12, 24, 36), 512)), 512
     return backbone, sum(backbone.channels)
 
