@@ -383,6 +383,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     path = path or out / "last.pt"
     saved = read(path) if command != "training" or path.exists() else None
     known = saved["args"] if saved and (command != "training" or args.resume) else {}
+    if known.get("data", "ribbons") not in RECIPES or known.get("context", "none") not in CONTEXTS:
+        sys.exit(f"{path} is of another version: --data {known['data']} --context {known['context']}")
     defaults = {**RECIPES[args.data or known.get("data", "ribbons")], "data": "ribbons", **known}
     if args.data not in (None, known.get("data")):      # an evaluation on other data
         defaults["root"] = None

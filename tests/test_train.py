@@ -371,6 +371,7 @@ def test_train_checkpoints_that_do_not_fit():
     for changed, said in (
             ({**checkpoint, "classes": ["a"]}, "class 0 is 'a' in x.pt and 'wall' in the data (1 and 7 classes)"),
             ({**checkpoint, "args": {**checkpoint["args"], "context": "spp"}}, "another model"),
+            ({**checkpoint, "args": {**checkpoint["args"], "data": "shapes"}}, "x.pt is of another version: --data shapes"),
             (checkpoint["model"], "x.pt")):
         torch.save(changed, "x.pt")
         assert said in fails("--eval", "x.pt")
