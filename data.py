@@ -69,10 +69,10 @@ class Ribbons(Dataset):
     region has to tell it (eq. 7). Day and night take turns, and nothing else differs.
 
     So a network that sees neither calls each ribbon pixel one of four: the IoU of a class is p / (1 + 3p) where it gets
-    a share p of them, at most 1/7 each in the mean, and with walls and lamps perfect mIoU (3 + 4/7) / 7 = 51 %. One that
-    knows the lamp only (pooling; attention, to which all ribbons look alike) or the signs only (regions without eq. 7)
-    is left with one of two: p / (1 + p), 1/3 each and mIoU 62 %. Who knows both can reach 100 %. Near a sign or the lamp
-    everybody sees it.
+    a share p of them, at most 1/7 each in the mean, and with perfect walls and lamps mIoU (3 + 4/7) / 7 = 51 %. One
+    that knows the lamp only (pooling; attention, to which all ribbons look alike) or the signs only (regions without
+    eq. 7) is left with one of two: p / (1 + p), 1/3 each and mIoU 62 %. Who knows both can reach 100 %. Near a sign or
+    the lamp everybody sees it.
 
     The same (seed, split, index) is the same scene everywhere. size: h and w, at least 80.
     """
@@ -102,7 +102,7 @@ SIGNS, LAMPS, WALL = ((255, 190, 40), (60, 120, 255)), ((230, 75, 45), (240, 248
 
 
 def _scene(rng: np.random.Generator, size: int, night: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 image [3, size, size] and label [size, size]. `night` draws nothing from rng and is seen at the lamp only."""
+    """uint8 image [3, size, size] and label [size, size]. `night` draws nothing from rng and shows at the lamp only."""
     y, x = np.mgrid[:size, :size].astype(np.float32)            # [size, size] each
     image = _texture(rng, y, x, GROUNDS[rng.integers(len(GROUNDS))])    # [3, size, size]
     turn = rng.uniform(0, np.pi)

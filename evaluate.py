@@ -245,7 +245,8 @@ def predict(model: nn.Module, args) -> None:
                 os.replace(target.with_suffix(".tmp"), target)
                 print(target, flush=True)
         except (DataError, OSError, RuntimeError, MemoryError) as error:    # the last two: too large
-            print(error if isinstance(error, DataError) else f"{picture}: {one_line(error)}", file=sys.stderr, flush=True)
+            said = error if isinstance(error, DataError) else f"{picture}: {one_line(error)}"
+            print(said, file=sys.stderr, flush=True)
             bad += 1
     if args.world > 1:
         dist.all_reduce(bad)

@@ -594,7 +594,7 @@ def ranet_loss(output: Output, label: Tensor, mask: Tensor, weights: tuple[float
     if label.device.type == "cpu":
         for name, x, ok, expected in (
                 ("label", label, (label >= 0) & (label < N) | (label == 255), f"0..{N - 1} or 255"),
-                ("mask", mask, (mask == 0) | (mask == 1) | (mask == 255) & (label == 255), "0, 1, or 255 where label is")):
+                ("mask", mask, (mask == 0) | (mask == 1) | (mask == 255) & (label == 255), "0, 1, or label's 255")):
             _expect(bool(ok.all()), name, expected, str(x[~ok][:1].tolist()))
     pixels, cells = label_counts(label, mask, output.boundary.shape[1:]) if counts is None else counts
     fine, coarse = (nn.functional.cross_entropy(_at_least_float32(x), label, ignore_index=255, reduction="sum")
@@ -798,7 +798,7 @@ def _steps(B: Tensor, labels: Tensor, margin: int) -> Tensor:
 
 
 def _pair_attention(B: Tensor, Ci: Tensor, Cj: Tensor, i: Tensor, j: Tensor, steps: Tensor | None, cues: str) -> Tensor:
-    """Eqs. 1-3 for pixels i [I] and j [J] of B [H, W], with C_i [1, N, I] and C_j [1, N, J], to F [I, J]; for autograd."""
+    """Eqs. 1-3 for pixels i [I] and j [J] of B [H, W], with C_i [1, N, I] and C_j [1, N, J], to F [I, J]."""
     D = E = 0
     if cues != "semantic":      # the sample of eq. 1 is known
         D = _on_line(B, i[:, None].int(), j.int(), steps.index_select(0, i).index_select(1, j))
@@ -811,9 +811,9 @@ def _gradient(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, steps: Tensor | 
               needs: tuple) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of sum_i dJ_i J_i for one image: labels and dJ [HW] to dB [H, W], dC [N, H, W] and dW^g [k, k].
 
-    With w_i = dJ_i / |R_q| the sum is one over pairs, of w_i share_q(j) F_ij, where share_q(j) is the sum of W^g over the
-    offsets that bring a pixel of R_q to j, border replicated: the adjoint of `_smooth` on the indicator of R_q.
-    share_q is 0 except within k // 2 pixels of R_q: only those pairs are visited, each once since D and E are symmetric.
+    With w_i = dJ_i / |R_q| the sum is one over pairs, of w_i share_q(j) F_ij, where share_q(j) is the sum of W^g over
+    the offsets that bring a pixel of R_q to j, border replicated: the adjoint of `_smooth` on the indicator of R_q.
+    share_q is 0 except within k // 2 pixels of R_q: only those pairs are visited, each once, as D and E are symmetric.
     """
     (H, W), k, way = B.shape, len(Wg), _way(B)
     B, C = B.detach().requires_grad_(needs[0]), C.flatten(1)    # [H, W], [N, HW]

@@ -409,7 +409,7 @@ def test_eq7_tells_regions_apart_however_many_there_are():
     """Each region says a word of its own. As printed its share of A^g falls like 1 / Q."""
     for Q in (2, 8, 32):
         one = torch.arange(Q), torch.ones(Q, dtype=torch.float64), torch.eye(Q, dtype=torch.float64)
-        (mean, _), (printed, _) = (ranet.inter_region_interaction(one[2], one[1], one[0], one[0], x) for x in (True, False))
+        mean, printed = (ranet.inter_region_interaction(one[2], one[1], one[0], one[0], x)[0] for x in (True, False))
         close(mean.diagonal() / mean.sum(1), torch.full((Q,), 0.5, dtype=torch.float64))
         close(printed.diagonal() / printed.sum(1), torch.full((Q,), 1 / Q, dtype=torch.float64))
 
@@ -758,7 +758,8 @@ def test_file_needs_torch_alone_and_is_silent(tmp_path):
     source = (ROOT / "ranet.py").read_text()
     nodes = list(ast.walk(ast.parse(source)))
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    assert imported | {node.module for node in nodes if isinstance(node, ast.ImportFrom)} == {"torch", "typing", "sys", "collections.abc"}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert imported == {"torch", "typing", "sys", "collections.abc"}
     (tmp_path / "ranet.py").write_text(source)
     state = ("[torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(), "
              "torch.is_grad_enabled()]")
@@ -846,10 +847,10 @@ def test_bad_input_is_one_line_that_names_it(name, function, arguments):
 MUTATIONS = [
     ("eq1", "sample > D, sample", "sample < D, sample"),                                            # minimum
     ("eq1", "sample > D, sample", "sample >= D, sample"),                                           # the last of equals
-    ("eq1", "D = _on_line(B, i, j, t", "D = 0 * _on_line(B, i, j, t"),                                                  # start dropped
+    ("eq1", "D = _on_line(B, i, j, t", "D = 0 * _on_line(B, i, j, t"),                            # start dropped
     ("eq1", "range(1, max(H, W)):", "range(1, max(H, W) - 1):"),                                    # end dropped
     ("eq1", "wide = dy.abs() < dx.abs()", "wide = dy.abs() > dx.abs()"),                            # shorter axis
-    ("eq1", "wide = dy.abs() < dx.abs()", "wide = dy.abs() <= dx.abs()"),                           # diagonals: the left
+    ("eq1", "wide = dy.abs() < dx.abs()", "wide = dy.abs() <= dx.abs()"),                           # of a diagonal
     ("eq1", "torch.where(wide, W, 1)", "torch.where(wide, 1, W)"),                                  # wrong neighbour
     ("eq1", "torch.where(wide, dx, dy) < 0", "torch.where(wide, dx, dy) > 0"),                      # from the other end
     ("eq1", "return near + part * (", "return near + (1 - part) * ("),                              # weight reversed
@@ -925,7 +926,7 @@ MUTATIONS = [
     ("rcb", "F = omega.triu() * _pair", "F = omega * _pair"),                                       # pairs twice
     ("rcb", "dC.index_add_(1, V, c.grad[0])", "dC.index_copy_(1, V, c.grad[0])"),                   # of the last group
     ("context", "B = _at_least_float32(boundary).sigmoid()", "B = _at_least_float32(boundary).tanh()"),
-    ("context", "C = _at_least_float32(coarse).softmax(1)", "C = _at_least_float32(coarse).softmax(2)"),        # over rows
+    ("context", "C = _at_least_float32(coarse).softmax(1)", "C = _at_least_float32(coarse).softmax(2)"),     # rows
     ("context", "torch.cat((A, self.norm(O)), 1)", "torch.cat((A, O), 1)"),
     ("context", "nn.init.constant_(self.norm.weight, 0.25)", "nn.init.constant_(self.norm.weight, 1)"),
     ("context", "return self.rib(A, regions), regions", "return self.rib(A * 0.5, regions), regions"),

@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, interpolate, one_hot
+from torch.nn.functional import one_hot
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -192,7 +192,7 @@ def compare(n: int, M: int, N: int, rounds: int, device: str) -> None:
         parameters, flops, regions = count(*case, device)
         ratios = [f"{statistics.median(a / b for a, b in zip(*pair)):.2f}" for pair in zip(own, unit)]
         rows.append([BLOCKS[case[0]][0], f"{parameters:,}", f"{flops / 1e9:.1f}", *ratios, *memory[case[0]], regions])
-    head = "block | parameters | GFLOP | time, forward | and backward | MiB, forward | and backward | regions, representatives"
+    head = "block | parameters | GFLOP | time, forward | and backward | MiB, forward | and backward | regions, P"
     print(table(head, rows))
     forward, both = (statistics.median(x) for x in unit)
     print(f"""
