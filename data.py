@@ -12,8 +12,9 @@
     image, label = scenes[0]                # uint8 [3, h, w]; uint8 [h, w]: 0..N-1, 255 = ignored
     batch = TrainingSet(scenes, crop=96)    # indexed by (index, seed): image, label, boundary mask
 
-Every data set has `len()`, `classes` (N names) and `palette` (N colours). What is wrong with its files is a `DataError`
-that names the file. A split without labels has labels of 255 only. Rn in a comment is a section of docs/differences.md.
+Every data set has `len()`, `classes` (N names), `palette` (N colours) and `labelled`: whether the split has labels;
+without, they are 255 only. What is wrong with its files is a `DataError` that names the file. Rn in a comment is a
+section of docs/differences.md.
 """
 import colorsys
 import contextlib
@@ -30,9 +31,10 @@ from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import datasets, tv_tensors
+from torchvision import datasets
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as pixels
 
 IGNORE = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # of ImageNet, for values 0..1
@@ -47,15 +49,13 @@ def load(name: str, root: str | Path | None = None, split: str = "train") -> Dat
     """A data set by name (those above; the class of each shows its folders and splits); root, its folder, is None for
     ribbons. Item i is (image uint8 [3, h, w], label uint8 [h, w], 255 = ignored). DataError for an unknown name or
     split, a missing or empty folder, a missing file."""
-    sets = {"ribbons": Ribbons, "cityscapes": Cityscapes, "pascal_context": PascalContext,
-            "pascal_context60": PascalContext60, "coco_stuff": CocoStuff, "folder": Folder}
-    if name not in sets:
-        raise DataError(f"unknown data set {name!r}, expected one of {', '.join(sets)}")
+    if name not in SETS:
+        raise DataError(f"unknown data set {name!r}, expected one of {', '.join(SETS)}")
     if (root is None) != (name == "ribbons"):
         raise DataError("ribbons is generated and has no root" if root else f"{name} needs root, its folder")
-    if split not in sets[name].splits:
-        raise DataError(f"unknown split {split!r} of {name}, expected one of {', '.join(sets[name].splits)}")
-    return Ribbons(split) if name == "ribbons" else sets[name](Path(root), split)
+    if split not in SETS[name].splits:
+        raise DataError(f"unknown split {split!r} of {name}, expected one of {', '.join(SETS[name].splits)}")
+    return Ribbons(split) if name == "ribbons" else SETS[name](Path(root), split)
 
 
 # --- Generated scenes ------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ class Ribbons(Dataset):
     classes = "wall", "gold day", "blue day", "gold night", "blue night", "sun", "moon"
     palette = ((60, 50, 45), (245, 195, 100), (150, 185, 240), (150, 95, 15), (35, 55, 130), (230, 75, 45),
                (240, 248, 255))
-    splits = {"train": 2000, "val": 200, "test": 200}           # noqa: RUF012
+    splits, labelled = {"train": 2000, "val": 200, "test": 200}, True
 
     def __init__(self, split: str = "train", seed: int = 0, size: int = 96):
         if size < 80:
@@ -89,12 +89,12 @@ class Ribbons(Dataset):
     def __len__(self) -> int:
         return self.splits[self.split]
 
-    def __getitem__(self, i: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         if not 0 <= i < len(self):
             raise IndexError(f"scene {i} of {len(self)}")
         rng = np.random.default_rng((self.seed, list(self.splits).index(self.split), i))
         image, label = _scene(rng, self.size, night=i % 2)
-        return tv_tensors.Image(torch.from_numpy(image)), tv_tensors.Mask(torch.from_numpy(label))
+        return torch.from_numpy(image), torch.from_numpy(label)
 
 
 GROUNDS = (214, 192, 152), (150, 170, 120), (176, 150, 130), (150, 160, 170), (190, 170, 180)
@@ -160,13 +160,14 @@ class Files(Dataset):
                 raise DataError(f"missing: {path}")
         last = max(set(ids) - {IGNORE})
         self.allowed = f"{min(ids)}..{last}" + (" or 255 for ignored" if IGNORE in ids and last < IGNORE else "")
+        self.labelled = files[0][1] is not None
         self.files, self.table = files, np.full(max(ids) + 3, -1, np.int16)     # of id + 1; both ends are not allowed
         self.table[np.array(list(ids)) + 1] = list(ids.values())
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         path, label_path = self.files[i]
         image = read_image(path)                                # [3, h, w]
         label = np.full(image.shape[1:], IGNORE, np.uint8)      # [h, w]
@@ -178,7 +179,7 @@ class Files(Dataset):
             label = self.table.take(ids + 1, mode="clip")       # [h, w]
             if label.min() < 0:
                 raise DataError(f"{label_path} holds the id {ids[label < 0][0]}, expected {self.allowed}")
-        return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(label.astype(np.uint8)))
+        return image, torch.from_numpy(label.astype(np.uint8))
 
     def need(self, *paths: Path) -> Path:
         """The first of these paths that exists, or an error that shows the expected folders."""
@@ -216,7 +217,7 @@ def read_image(path: str | Path) -> Tensor:
     with reading(path, "picture"), Image.open(path) as picture:
         if picture.mode[0] in "IF":     # Pillow would clip it to 255
             raise DataError(f"{path} has pixels of type {picture.mode}, expected 8 bits a channel")
-        return v2.functional.pil_to_tensor(upright(picture).convert("RGB"))     # [3, h, w]
+        return pixels.pil_to_tensor(upright(picture).convert("RGB"))     # [3, h, w]
 
 
 def read_ids(path: str | Path) -> np.ndarray:
@@ -403,7 +404,7 @@ class Folder(Files):
         ROOT/{train,val,test}/images/NAME.jpg   or .jpeg, .png, .webp, .tif, .tiff, .bmp
         ROOT/{train,val,test}/labels/NAME.png   8-bit, one channel: ids, 255 = ignored
 
-    A split without its folder labels has no labels.
+    val and test may go without the folder labels.
     """
 
     def __init__(self, root: Path, split: str):
@@ -412,13 +413,19 @@ class Folder(Files):
         if not 2 <= N < IGNORE or len(set(self.classes)) < N:
             raise DataError(f"{root / 'classes.txt'} names {N} classes, expected 2 to 254, each once")
         self.palette = distinct_colours(N)
-        images, self.labels, names = self.need(root / split / "images"), root / split / "labels", {}
+        images, labels, names = self.need(root / split / "images"), root / split / "labels", {}
+        if split == "train":
+            self.need(labels)
         for path in pictures_in(images, "*"):
             other = names.setdefault(path.stem, path)
             if other != path:               # one label, and one name for the prediction
                 raise DataError(f"{other} and {path.name}: two images of one name")
-        files = [(path, self.labels / f"{name}.png" if self.labels.exists() else None) for name, path in names.items()]
+        files = [(path, labels / f"{name}.png" if labels.exists() else None) for name, path in names.items()]
         super().__init__(files, {IGNORE: IGNORE, **{n: n for n in range(N)}})
+
+
+SETS = {"ribbons": Ribbons, "cityscapes": Cityscapes, "pascal_context": PascalContext,
+        "pascal_context60": PascalContext60, "coco_stuff": CocoStuff, "folder": Folder}
 
 
 # --- From a data set to batches --------------------------------------------------------------------------
@@ -437,43 +444,34 @@ class TrainingSet(Dataset):
         return normalize(image), label.long(), boundary_mask(label, self.radius)
 
 
-class Look(Dataset):
-    """For each image of a data set in files, [256] int64: how many pixels its label gives to each class. It reads every
-    file as training will, so that what is wrong with one is told before the first step."""
-
-    def __init__(self, files: Files):
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> Tensor:
-        return self.files[i][1].flatten().bincount(minlength=256)
-
-
 def augment(image: Tensor, label: Tensor, seed: int, crop: int, scale: tuple[float, float] = (0.5, 2.0),
             flip: float = 0.5, brightness: int = 10) -> tuple[Tensor, Tensor]:
-    """A random crop [3, crop, crop] and its label [crop, crop], uint8, as functions of the seed only: scales both by a
-    factor from `scale`, pads them to the crop (with the mean colour, and 255), cuts, flips with probability `flip`, and
-    adds one whole number from -brightness to brightness to all channels."""
+    """A random crop [3, crop, crop] and its label [crop, crop], uint8, as functions of the seed only: both scaled by a
+    factor from `scale`, padded to the crop (with the mean colour, and 255), mirrored with probability `flip`, and one
+    whole number from -brightness to brightness added to all channels. Cut before it is scaled, as it may be large."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)                           # torch.manual_seed reseeds GPUs too
-        factor = torch.empty(()).uniform_(*scale).item()
-        size = [max(1, round(s * factor)) for s in label.shape]
-        image = v2.functional.resize(image.as_subclass(Tensor), size, antialias=True)       # [3, *size]
-        # As a picture: v2's own "nearest" for masks lies up to half a pixel beside the image.
-        label = v2.functional.resize(label.as_subclass(Tensor)[None], size, InterpolationMode.NEAREST_EXACT)[0]
-        fill = {tv_tensors.Image: [round(255 * m) for m in MEAN], tv_tensors.Mask: IGNORE}
-        joint = v2.Compose([v2.RandomCrop(crop, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip(flip)])
-        image, label = joint(tv_tensors.Image(image), tv_tensors.Mask(label))
+        side = max(1, round(crop / torch.empty(()).uniform_(*scale).item()))    # of the window, in the image's pixels
+        mirrored = torch.rand(()) < flip
         shift = int(torch.randint(-brightness, brightness + 1, ()))
-    image = (image.as_subclass(Tensor).short() + shift).clamp_(0, 255).to(torch.uint8)      # [3, crop, crop]
-    return image, label.as_subclass(Tensor)                                 # [crop, crop]
+        top, left = (int(torch.randint(max(n - side, 0) + 1, ())) for n in label.shape)
+        size = [min(crop, max(1, round(n * crop / side))) for n in label.shape]     # less if the image is smaller
+        above, before = (int(torch.randint(crop - n + 1, ())) for n in size)
+    window = ..., slice(top, top + side), slice(left, left + side)
+    edges = [before, above, crop - size[1] - before, crop - size[0] - above]
+    image = pixels.resize(image[window], size, antialias=True)              # [3, *size]
+    # As a picture: "nearest" for labels would lie up to half a pixel beside the image.
+    label = pixels.resize(label[None][window], size, InterpolationMode.NEAREST_EXACT)       # [1, *size]
+    image = pixels.pad(image, edges, fill=[round(255 * m) for m in MEAN])   # [3, crop, crop]
+    label = pixels.pad(label, edges, fill=IGNORE)[0]                        # [crop, crop]
+    if mirrored:
+        image, label = image.flip(2), label.flip(1)
+    return (image.short() + shift).clamp_(0, 255).to(torch.uint8), label
 
 
 def normalize(image: Tensor) -> Tensor:
     """uint8 [..., 3, h, w] to float32, with the mean and deviation of ImageNet."""
-    return v2.functional.normalize(image.as_subclass(Tensor) / 255, MEAN, STD)
+    return pixels.normalize(image / 255, MEAN, STD)
 
 
 def boundary_mask(label: Tensor, radius: float = 2) -> Tensor:
@@ -490,4 +488,4 @@ def boundary_mask(label: Tensor, radius: float = 2) -> Tensor:
 def colorize(label: Tensor, palette: list[tuple[int, int, int]]) -> Tensor:
     """uint8 [3, h, w]: a label [h, w] in its colours, ignored pixels black."""
     colours = torch.tensor([*palette, *[(0, 0, 0)] * (256 - len(palette))], dtype=torch.uint8)      # [256, 3]
-    return colours[label.as_subclass(Tensor).long().cpu()].permute(2, 0, 1)     # [3, h, w]
+    return colours[label.long().cpu()].permute(2, 0, 1)     # [3, h, w]

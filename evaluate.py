@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""What a checkpoint is used for: scores, the label maps of a server, masks of pictures, an overview.
+"""Scores a checkpoint of train.py, or segments your own pictures with it.
 
-train.py is the command line. Each process handles its share of the images, by sliding windows.
+    python evaluate.py runs/cityscapes-ranet/last.pt --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
+    python evaluate.py runs/cityscapes-ranet/last.pt --split test       label maps for Cityscapes' server
+    python evaluate.py runs/cityscapes-ranet/last.pt a.jpg photos/      a_mask.png, a_overlay.png, ...
+
+On n GPUs with --gpus n, or with torchrun as train.py. Each process handles its share of the images.
 """
-import io
+import argparse
 import itertools
 import json
 import math
 import os
-import pickle
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,59 +29,88 @@ from torchvision.utils import draw_keypoints, draw_segmentation_masks, make_grid
 from tqdm import tqdm
 
 import ranet
-from data import PICTURES, DataError, cityscapes_label_ids, colorize, distinct_colours, load, normalize, read_image
+from data import (
+    PICTURES, SETS, DataError, Ribbons, cityscapes_label_ids, colorize, distinct_colours, load, normalize, read_image)
+from models import one_line, read, restore
 
 BAR = {"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 30}      # in a file, a line now and then
 
 
-def one_line(error: BaseException) -> str:
-    if "DataLoader worker" in str(error) and "Traceback" in str(error):     # a worker's, whose last line says it
-        return str(error).strip().splitlines()[-1].partition(": ")[2]
-    if "shared memory" in str(error):
-        return "this machine has too little shared memory for workers: raise it, or use --workers 0"
-    return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
+# --- Processes, flags and files, as train.py has them too ------------------------------------------------
+
+class Where(NamedTuple):
+    """This process, how many there are, its device, and how many processes load its data."""
+    rank: int
+    world: int
+    device: torch.device
+    workers: int
 
 
-# --- Checkpoints -----------------------------------------------------------------------------------------
+def number(kind: type, least: float, below: float = math.inf) -> Callable[[str], float]:
+    def convert(text: str):
+        if not least <= kind(text) < below:
+            raise ValueError
+        return kind(text)
+    convert.__name__ = f"{kind.__name__} from {least}"          # argparse shows it
+    return convert
 
-def save(path: Path, checkpoint: dict) -> None:
-    """A kill or a full disk at any moment leaves the previous checkpoint whole."""
-    if not all(x.isfinite().all() for x in checkpoint["model"].values() if x.is_floating_point()):
-        raise ValueError("weights that are not finite")
-    whole, new = io.BytesIO(), path.with_name(path.name + ".tmp")
-    torch.save(checkpoint, whole)       # not into the file: torch hides what the disk says
+
+def flags(program: str) -> argparse.ArgumentParser:
+    """A parser whose mistakes take one line, with the flags of both programs; a flag that was not given is None."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Defaults in brackets.")
+    parser.error = lambda message: sys.exit(f"{program}: {message}")
+    add = parser.add_argument
+    add("--gpus", type=number(int, 0), help="one process for each of so many GPUs of this machine (one process)")
+    add("--workers", type=number(int, 0), default=2, help="processes that load data, for each GPU (2)")
+    add("--amp", action="store_true", default=None, help="bfloat16 where it is safe")
+    add("--data", choices=SETS, help="data set (ribbons, which is generated; evaluate.py: the checkpoint's)")
+    add("--root", help="folder of the data set")
+    add("--crop", type=number(int, 1), help="side of the training crop, and of the windows of evaluation")
+    return parser
+
+
+def launch(parse: Callable, run: Callable, file: str, argv: list[str]) -> None:
+    """run(parse(argv), where) in this process, in each that torchrun has started, or in --gpus new ones. What is wrong
+    with flags or files is said in one line, once."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")   # a class name that cannot be shown ends nothing
+    store, rank, world, local = None, 0, 1, 0
+    if "RANK" in os.environ:            # torchrun has started this process
+        lost = [x for x in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if x not in os.environ]
+        if lost:
+            sys.exit(f"RANK is set and {', '.join(lost)} not: start with torchrun, or unset RANK")
+        store, rank, world = next(dist.rendezvous("env://"))
+        local = int(os.environ["LOCAL_RANK"])
     try:
-        with open(new, "wb") as file:
-            file.write(whole.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise OSError(f"the checkpoint could not be written ({one_line(error)})") from None
-
-
-def read(path: str | Path) -> dict:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        sys.exit(f"{path}: no such file")
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError):
-        sys.exit(f"{path} cannot be read as a checkpoint")
-    if not isinstance(checkpoint, dict) or not {"args", "step", "model", "classes"} <= checkpoint.keys():
-        sys.exit(f"{path} is no checkpoint of train.py")
-    return checkpoint
-
-
-def restore(model: nn.Module, checkpoint: dict, path: str | Path, classes: Sequence[str]) -> None:
-    for n, (trained, here) in enumerate(itertools.zip_longest(checkpoint["classes"], classes)):
-        if trained != here:
-            sys.exit(f"class {n} is {trained!r} in {path} and {here!r} in the data "
-                     f"({len(checkpoint['classes'])} and {len(classes)} classes)")
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError:
-        sys.exit(f"{path} holds the weights of another model, or of an earlier version")
+        args, count = parse(argv), torch.cuda.device_count()
+        if args.gpus and store:
+            sys.exit("--gpus starts its own processes: leave it out under torchrun")
+        if args.gpus and args.gpus > count:
+            sys.exit(f"--gpus {args.gpus}: this machine shows {count} GPUs")
+        if args.gpus:                   # torchrun, spelled shorter; of two --gpus the last holds
+            os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                      f"--nproc-per-node={args.gpus}", file, *argv, "--gpus", "0"])
+        if 0 < count <= local:
+            sys.exit(f"process {local} of this machine has no GPU: it shows {count}")
+        device = torch.device(*("cuda", local) if count else ("cpu",))
+        if count:
+            torch.cuda.set_device(device)
+        if world > 1:
+            dist.init_process_group("nccl" if count else "gloo", None, None, world, rank, store)
+        run(args, Where(rank, world, device, args.workers))
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except (SystemExit, ValueError, OSError, RuntimeError) as error:    # a mistake in flags or data, not in the code
+        loader = "DataLoader worker" in str(error)
+        if isinstance(error, SystemExit) and not isinstance(error.code, str):
+            raise                       # --help
+        if isinstance(error, RuntimeError) and not loader:
+            raise
+        if store and store.add("failed", 1) > 1:
+            sys.exit(1)                 # another process has said it
+        sys.exit(one_line(error) if loader else str(error))
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def writable(out: Path) -> None:
@@ -86,7 +119,42 @@ def writable(out: Path) -> None:
     tempfile.TemporaryFile(dir=out).close()
 
 
-# --- Evaluation and prediction ---------------------------------------------------------------------------
+def label_pixels(pair: tuple[Tensor, Tensor]) -> Tensor:
+    return pair[1].flatten().bincount(minlength=256)            # [256]
+
+
+def look(split: str, data, where: Where) -> None:
+    """Reads every picture and label of a data set in files once, each by one of the processes: what is wrong or missing
+    is said before the work."""
+    if isinstance(data, Ribbons):
+        return
+    if not data.labelled:
+        if where.rank == 0:
+            print(f"{split} has no labels, so there will be no score", flush=True)
+        return
+    mine = Subset(data, range(where.rank, len(data), where.world))
+    loader = DataLoader(mine, batch_size=None, num_workers=where.workers, collate_fn=label_pixels)
+    bar = tqdm(loader, f"looking at the labels of {split}", disable=where.rank > 0, **BAR)
+    pixels = sum(bar, torch.zeros(256, dtype=torch.int64)).to(where.device)
+    if where.world > 1:
+        dist.all_reduce(pixels)
+    missing = [name for name, count in zip(data.classes, pixels) if not count]
+    if len(missing) == len(data.classes):
+        sys.exit(f"{split}: nothing is labelled in its {len(data)} images")
+    if missing and where.rank == 0:
+        print(f"{split}: no pixel of {len(missing)} of {len(data.classes)} classes ({', '.join(missing[:5])})",
+              flush=True)
+
+
+# --- Scores ----------------------------------------------------------------------------------------------
+
+class How(NamedTuple):
+    """How a picture is segmented: in windows of `crop`, as a mean over `scales` and, with flip, mirrored images."""
+    crop: int
+    scales: Sequence[float] = (1.0,)
+    flip: bool = False
+    amp: bool = False
+
 
 def slide(model: nn.Module, image: Tensor, crop: int, maps: int = 2) -> Tensor:
     """Logits of the fine and, of two maps, the coarse one [maps, N, h, w] of an image [1, 3, h, w], by windows of
@@ -108,23 +176,24 @@ def slide(model: nn.Module, image: Tensor, crop: int, maps: int = 2) -> Tensor:
 
 
 @torch.inference_mode()
-def segment(model: nn.Module, image: Tensor, args, maps: int = 2) -> Tensor:
-    """Class probabilities of the fine and, of two maps, the coarse one [maps, N, h, w] of a normalised image
-    [3, h, w], a mean over the scales and the mirrored images. In place: a photo has many pixels."""
+def segment(model: nn.Module, image: Tensor, how: How, device: torch.device, maps: int = 2) -> Tensor:
+    """Class probabilities of the fine and, of two maps, the coarse one [maps, N, h, w] of an image uint8 [3, h, w].
+    In place: a photo has many pixels."""
     h, w = image.shape[1:]
-    total = None
-    for scale, mirrored in itertools.product(args.scales, (False, True)[:1 + args.flip]):
+    image, total = normalize(image).to(device), None
+    for scale, mirrored in itertools.product(how.scales, (False, True)[:1 + how.flip]):
         scaled = image[None]                                    # [1, 3, h, w]
         if scale != 1:
             size = max(1, round(h * scale)), max(1, round(w * scale))
             scaled = interpolate(scaled, size, mode="bilinear", antialias=True)     # [1, 3, *size]
-        p = slide(model, scaled.flip(3) if mirrored else scaled, args.crop, maps)   # [maps, N, *size]
+        with torch.autocast(device.type, torch.bfloat16, enabled=how.amp):
+            p = slide(model, scaled.flip(3) if mirrored else scaled, how.crop, maps)    # [maps, N, *size]
         p = p.flip(3) if mirrored else p
         p = interpolate(p, (h, w), mode="bilinear") if scale != 1 else p            # [maps, N, h, w]
         p.sub_(p.amax(1, keepdim=True)).exp_()
         p.div_(p.sum(1, keepdim=True))                          # with the line before: softmax over the classes
         total = p if total is None else total.add_(p)
-    return total.div_(len(args.scales) * (1 + args.flip))
+    return total.div_(len(how.scales) * (1 + how.flip))
 
 
 def confusion(label: Tensor, prediction: Tensor, N: int) -> Tensor:
@@ -140,63 +209,67 @@ def iou(matrix: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, data, split: str, trained: str, args, predictions: Path | None = None) -> dict:
-    """mIoU of both maps, each image once, by one of the processes. `trained`: the split that the weights have seen;
-    `predictions`: where Cityscapes' label ids go."""
+def evaluate(model: nn.Module, data, how: How, where: Where, label_maps: Path | None = None) -> dict:
+    """IoU of both maps, each image segmented once, by one of the processes. label_maps: where Cityscapes' ids go."""
     model.eval()
     N = len(data.classes)
-    matrix = torch.zeros(2, N, N, dtype=torch.int64, device=args.device)
-    mine = range(args.rank, len(data), args.world)
-    loader = DataLoader(Subset(data, mine), batch_size=None, num_workers=args.workers)
-    for i, (image, label) in zip(mine, tqdm(loader, "evaluation", disable=args.rank > 0, **BAR)):
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            fine, coarse = segment(model, normalize(image).to(args.device), args).argmax(1)      # [h, w] each
-        for k, prediction in enumerate((fine, coarse)):
-            matrix[k] += confusion(label.to(args.device), prediction, N)
-        if predictions:
-            Image.fromarray(cityscapes_label_ids(fine).numpy()).save(predictions / f"{data.name(i)}.png")
-    if args.world > 1:
-        dist.all_reduce(matrix)
-    scores = torch.stack([iou(x) for x in matrix.cpu()])        # [2, N]
-    scores = torch.cat((scores, scores.nanmean(1, keepdim=True)), 1).tolist()       # the mean over classes last
-    *classes, means = [[None if math.isnan(x) else x for x in pair] for pair in zip(*scores)]     # JSON has no NaN
-    seen = " (trained on)" if split != "test" and trained.startswith("trainval" if split == "val" else "train") else ""
-    protocol = (f"{args.data} {split}{seen}, {len(data)} images, {N} classes; windows of {args.crop}, stride "
-                f"{math.ceil(args.crop * 2 / 3)}; scales {' '.join(f'{scale:g}' for scale in args.scales)}"
-                f"{', mirrored too' if args.flip else ''}; classes without a pixel left out of the mean")
-    return {"fine_miou": means[0], "coarse_miou": means[1], "data": args.data, "context": args.context,
-            "backbone": args.backbone, "protocol": protocol, "pixels": int(matrix[0].sum()),
-            "classes": {name: {"fine": f, "coarse": c} for name, (f, c) in zip(data.classes, classes)}}
+    matrices = torch.zeros(2, N, N, dtype=torch.int64, device=where.device)
+    mine = range(where.rank, len(data), where.world)
+    loader = DataLoader(Subset(data, mine), batch_size=None, num_workers=where.workers)
+    for i, (image, label) in zip(mine, tqdm(loader, "evaluation", disable=where.rank > 0, **BAR)):
+        predictions = segment(model, image, how, where.device).argmax(1)        # [2, h, w]
+        for matrix, prediction in zip(matrices, predictions):
+            matrix += confusion(label.to(where.device), prediction, N)
+        if label_maps:
+            Image.fromarray(cityscapes_label_ids(predictions[0]).numpy()).save(label_maps / f"{data.name(i)}.png")
+    if where.world > 1:
+        dist.all_reduce(matrices)
+    fine, coarse = (iou(matrix) for matrix in matrices.cpu())   # [N] each
+    def finite(x):                                              # JSON has no NaN
+        return None if x.isnan() else x.item()
+    return {"fine_miou": finite(fine.nanmean()), "coarse_miou": finite(coarse.nanmean()),
+            "pixels": int(matrices[0].sum()), "classes": {
+                name: {"fine": finite(f), "coarse": finite(c)} for name, f, c in zip(data.classes, fine, coarse)}}
 
 
-def report(result: dict, path: Path) -> None:
+def report(result: dict, settings: argparse.Namespace, data, name: str, split: str, how: How, path: Path, **more):
+    """Prints and writes what `evaluate` found on a split of a data set, for a network trained with `settings`."""
+    seen = name == settings.data and (split.startswith("train") or split in settings.split)
+    protocol = (f"{name} {split}{' (trained on)' * seen}, {len(data)} images, {len(data.classes)} classes; windows of "
+                f"{how.crop}, stride {math.ceil(how.crop * 2 / 3)}; scales {' '.join(f'{x:g}' for x in how.scales)}"
+                f"{', mirrored too' * how.flip}; classes without a pixel left out of the mean")
+    result = {"data": name, "context": settings.context, "backbone": settings.backbone, "protocol": protocol, **more,
+              **result}
     path.write_text(json.dumps(result, indent=1) + "\n")
     rows = {**result["classes"], "mean": {"fine": result["fine_miou"], "coarse": result["coarse_miou"]}}
     width = max(map(len, [*rows, "IoU in %"]))
     print(f"{'IoU in %':{width}}    fine  coarse")
-    for name, row in rows.items():
-        print(f"{name:{width}}", *("      -" if x is None else f"{100 * x:7.1f}" for x in row.values()))
-    print(result["protocol"], flush=True)
+    for row, found in rows.items():
+        print(f"{row:{width}}", *("      -" if x is None else f"{100 * x:7.1f}" for x in found.values()))
+    print(protocol, flush=True)
 
 
-def score(model: nn.Module, args) -> None:
-    """--eval: prints the scores of a checkpoint and writes them, or the label maps of a split without labels."""
-    data, out, saved = load(args.data, args.root, args.split), Path(args.out), args.saved
-    unlabelled = all(label is None for _, label in getattr(data, "files", [(0, 0)]))
-    if unlabelled and args.data != "cityscapes":
-        sys.exit(f"{args.split} has no labels to score with: use --predict for its pictures")
-    restore(model, saved, args.path, data.classes)
-    predictions = out / "cityscapes-test" if unlabelled else None
-    writable(predictions or out)
-    trained = saved["args"]["split"] if args.data == saved["args"]["data"] else ""
-    result = evaluate(model, data, args.split, trained, args, predictions)
-    if args.rank == 0 and unlabelled:
-        print(f"{len(data)} label maps for the Cityscapes server in {predictions}")
-    elif args.rank == 0:
-        report(dict(result, steps=saved["step"]), out / f"eval-{args.split}.json")
+def score(args: argparse.Namespace, where: Where) -> None:
+    """Prints the scores of a checkpoint and writes them, or the label maps of a split without labels."""
+    data, trained = load(args.data, args.root, args.split), args.settings
+    if not data.labelled and args.data != "cityscapes":
+        sys.exit(f"{args.split} has no labels to score with: give its pictures instead")
+    model = restore(args.saved, args.checkpoint, data.classes).to(where.device)
+    label_maps = None if data.labelled else args.out / "cityscapes-test"
+    writable(label_maps or args.out)
+    if data.labelled:
+        look(args.split, data, where)
+    result = evaluate(model, data, args.how, where, label_maps)
+    if where.rank == 0 and label_maps:
+        print(f"{len(data)} label maps for the Cityscapes server in {label_maps}")
+    elif where.rank == 0:
+        report(result, trained, data, args.data, args.split, args.how, args.out / f"eval-{args.split}.json",
+               steps=args.saved["step"])
 
 
-MAKER, OURS = "RANet train.py", PngImagePlugin.PngInfo()
+# --- Pictures --------------------------------------------------------------------------------------------
+
+MAKER, OURS = "RANet evaluate.py", PngImagePlugin.PngInfo()
 OURS.add_text("Software", MAKER)                # such a file may be replaced, others not
 
 
@@ -208,34 +281,31 @@ def made_here(path: Path) -> bool:
         return False
 
 
-def predict(model: nn.Module, args) -> None:
-    """--predict: a mask and an overlay of every picture. One that cannot be segmented is told, and the others go on; in
-    a folder, hidden files and predictions are no pictures."""
-    given = [Path(x) for x in args.predict[1:]]
+def predict(args: argparse.Namespace, where: Where) -> None:
+    """A mask and an overlay of every picture. What cannot be segmented is said, and the others go on; in a folder,
+    hidden files and predictions are no pictures."""
+    given, saved = args.pictures, args.saved
     inside = [x for p in given if p.is_dir() for x in sorted(p.iterdir())
               if x.suffix.lower() in PICTURES and x.name[0] != "." and not made_here(x)]
     pictures = list({x.resolve(): x for x in (*(p for p in given if not p.is_dir()), *inside)}.values())
     if not pictures:
-        sys.exit(f"--predict: no pictures ({', '.join(PICTURES)}) in {' '.join(map(str, given))}")
+        sys.exit(f"no pictures ({', '.join(PICTURES)}) in {' '.join(map(str, given))}")
     stems = {}
     for x in pictures:
         if stems.setdefault(x.stem, x) != x:
-            sys.exit(f"--predict: {stems[x.stem]} and {x} have the same name, and so would their results")
-    palette = [tuple(colour) for colour in args.saved["palette"]]
-    restore(model, args.saved, args.path, args.saved["classes"])
-    model.eval()
-    writable(Path(args.out))
-    bad = torch.zeros((), dtype=torch.int64, device=args.device)
-    for picture in pictures[args.rank::args.world]:
-        targets = [Path(args.out) / f"{picture.stem}_{kind}.png" for kind in ("mask", "overlay")]
+            sys.exit(f"{stems[x.stem]} and {x} have the same name, and so would their results")
+    palette = [tuple(colour) for colour in saved["palette"]]
+    model = restore(saved, args.checkpoint, saved["classes"]).to(where.device).eval()
+    writable(args.out)
+    bad = torch.zeros((), dtype=torch.int64, device=where.device)
+    for picture in pictures[where.rank::where.world]:
+        targets = [args.out / f"{picture.stem}_{kind}.png" for kind in ("mask", "overlay")]
         try:
             image = read_image(picture)                         # [3, h, w]
             for target in targets:
                 if target.exists() and not made_here(target):
-                    raise DataError(f"{target} was not made by --predict and is not replaced: choose another --out")
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-                p = segment(model, normalize(image).to(args.device), args, maps=1)[0]       # [N, h, w]
-            label = p.argmax(0).cpu()                           # [h, w]
+                    raise DataError(f"{target} was not made by evaluate.py and is not replaced: choose another --out")
+            label = segment(model, image, args.how, where.device, maps=1)[0].argmax(0).cpu()     # [h, w]
             mask = Image.fromarray(label.byte().numpy())        # the numbers are the ids,
             mask.putpalette([x for colour in palette for x in colour])      # and viewers show the colours
             found = label.unique()
@@ -248,7 +318,7 @@ def predict(model: nn.Module, args) -> None:
             said = error if isinstance(error, DataError) else f"{picture}: {one_line(error)}"
             print(said, file=sys.stderr, flush=True)
             bad += 1
-    if args.world > 1:
+    if where.world > 1:
         dist.all_reduce(bad)
     if bad:
         sys.exit(f"{bad} of {len(pictures)} pictures could not be segmented")
@@ -276,19 +346,52 @@ def draw_regions(labels: Tensor, J: Tensor, K: int) -> Tensor:
 
 
 @torch.inference_mode()
-def draw_overview(model: nn.Module, data, args, path: Path) -> None:
+def draw_overview(model: nn.Module, data, crop: int, k: int, device: torch.device, path: Path) -> None:
     """A row for each of four images: image, label, B, regions with representatives, coarse and fine result."""
     tiles = []
     for i in sorted({min(i * len(data) // 4 + i, len(data) - 1) for i in range(4)}):
-        image, label = (center_crop(x, [min(*x.shape[-2:], args.crop)]) for x in data[i])
-        output = model(normalize(image)[None].to(args.device))
+        image, label = (center_crop(x, [min(*x.shape[-2:], crop)]) for x in data[i])
+        output = model(normalize(image)[None].to(device))
         B = (255 * output.boundary.float().sigmoid()).byte().expand(3, -1, -1)      # [3, H, W]
         row = [image, colorize(label, data.palette), B]
         row += [colorize(x[0].argmax(0), data.palette) for x in (output.coarse, output.fine)]
         row = [tile(x) for x in row]
         if output.regions is not None:
-            row.insert(3, draw_regions(output.regions.labels[0], output.regions.J[0], args.k))
+            row.insert(3, draw_regions(output.regions.labels[0], output.regions.J[0], k))
         tiles += row
     to_pil_image(make_grid(tiles, len(row), padding=8, pad_value=255)).save(path)
 
 
+# --- The command line ------------------------------------------------------------------------------------
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser, positive = flags("evaluate.py"), number(float, 1e-30)
+    add = parser.add_argument
+    add("checkpoint", help="last.pt of a run")
+    add("pictures", nargs="*", type=Path, help="segment these, and all in these folders, instead of a data set")
+    add("--split", help="of the data set: train, trainval, test, ... (val)")
+    add("--scales", type=positive, nargs="+", default=[1.0], help="average the probabilities over these sizes (1)")
+    add("--flip", action="store_true", help="... and over the mirrored images")
+    add("--out", type=Path, help="folder of results (beside the checkpoint; for pictures, predictions there)")
+    args = parser.parse_intermixed_args(argv)
+    if args.pictures and (args.data or args.root or args.split):
+        sys.exit("evaluate.py: pictures need no --data, --root or --split")
+    args.saved = read(args.checkpoint)
+    args.settings = settings = argparse.Namespace(**args.saved["args"])
+    args.root = args.root or (settings.root if args.data in (None, settings.data) else None)
+    args.data, args.split = args.data or settings.data, args.split or "val"
+    args.how = How(args.crop or settings.crop, args.scales, args.flip, args.amp or settings.amp)
+    args.out = args.out or Path(args.checkpoint).parent / ("predictions" if args.pictures else "")
+    return args
+
+
+def run(args: argparse.Namespace, where: Where) -> None:
+    (predict if args.pictures else score)(args, where)
+
+
+def main(argv: list[str]) -> None:
+    launch(parse, run, __file__, argv)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -108,9 +108,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=24, help="label maps of val; half as many of each split for R4")
     args = parser.parse_args()
     data = load("folder", args.root, "val")
-    labels = [data[i * len(data) // args.images][1].as_subclass(Tensor) for i in range(args.images)]
+    labels = [data[i * len(data) // args.images][1] for i in range(args.images)]
     N, half = len(data.classes), max(1, args.images // 2)       # half: of each split, so that all drives are there
-    every = [split[i * len(split) // half][1].as_subclass(Tensor)
+    every = [split[i * len(split) // half][1]
              for split in (load("folder", args.root, name) for name in ("train", "val", "test")) for i in range(half)]
     region_sizes(every, N)
     thin_walls()

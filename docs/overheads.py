@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
+import models
 import ranet
-import train
 
 
 class PlainNonLocal(nn.Module):
@@ -56,8 +56,8 @@ class First(nn.Module):
 # name: (what its row is called, the module for M channels)
 BLOCKS = {
     "plain": ("softmax(A A^T) A", lambda M: PlainNonLocal()),
-    "pyramid": ("pyramid pooling", lambda M: First(train.PyramidPooling(M))),
-    "nonlocal": ("non-local", lambda M: First(train.NonLocal(M))),
+    "pyramid": ("pyramid pooling", lambda M: First(models.PyramidPooling(M))),
+    "nonlocal": ("non-local", lambda M: First(models.NonLocal(M))),
 }
 SCENES = {"objects": "5 x 5 objects", "one": "one region", "pixels": "every pixel a region"}
 BLOCKS |= {key: (f"RANet, {words}", lambda M: First(ranet.RegionContext())) for key, words in SCENES.items()}

@@ -24,6 +24,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 import evaluate
+import models
 import ranet
 import train
 from data import DataError, colorize, load, normalize, read_image
@@ -36,20 +37,17 @@ SCALE = torch.tensor([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98),
 
 def network(path: str | Path) -> tuple[ranet.RANet, SimpleNamespace, dict]:
     """A trained RANet, the arguments it was trained with, and its checkpoint."""
-    checkpoint = evaluate.read(path)
+    checkpoint = models.read(path)
     args = SimpleNamespace(**checkpoint["args"])
     if args.context != "ranet":
         sys.exit(f"{path} was trained without all of the equations (--context {args.context})")
-    model = train.build(args, len(checkpoint["classes"])).eval()
-    evaluate.restore(model, checkpoint, path, checkpoint["classes"])
-    return model, args, checkpoint
+    return models.restore(checkpoint, path, checkpoint["classes"]).eval(), args, checkpoint
 
 
 def picture(given: str) -> Tensor:
     """uint8 [3, h, w]: the generated scene of that number, or a picture file."""
     try:
-        image = load("ribbons", split="val")[int(given)][0] if given.isdigit() else read_image(given)
-        return image.as_subclass(Tensor)
+        return load("ribbons", split="val")[int(given)][0] if given.isdigit() else read_image(given)
     except (DataError, IndexError) as error:
         sys.exit(str(error))
 
@@ -135,13 +133,13 @@ def weights(image: Tensor, maps: SimpleNamespace, chosen: list[int], K: int) -> 
 
 def growth(pictures: list[str], flags: list[str]) -> Image.Image:
     """Figure 5: the regions of pictures as the training of the README's first command goes on, or one with flags."""
-    args = train.parse(flags)
-    if args.context in train.PEERS:
+    args = train.parse(flags).settings
+    if args.context in models.PEERS:
         sys.exit(f"--context {args.context} makes no regions")
     steps = [args.steps * share // 20 for share in (0, 1, 2, 5, 10, 20)]        # of these train.py saves all but 0
     rows = [{"image": center_crop(picture(name), [args.crop])} for name in pictures]
     torch.manual_seed(args.seed)                                # step 0: the weights that train.py starts from
-    model = train.build(args, len(load(args.data, args.root).classes), args.weights).eval()
+    model = models.build(args, len(load(args.data, args.root).classes), args.weights).eval()
 
     @torch.no_grad()
     def draw(_path: Path | None, checkpoint: dict) -> None:     # stands for train.save

@@ -52,6 +52,7 @@ def test_data_folder(folder, capsys):
     assert label.tolist() == [[255, 0, 1, 2, 2, 2, 1, 255]] * 6
     image, label = data.load("folder", folder, "test")[0]      # grey, and without labels
     assert image.tolist() == [[[77] * 8] * 6] * 3 and label.tolist() == [[255] * 8] * 6
+    assert train.labelled and not data.load("folder", folder, "test").labelled
 
 
 @pytest.mark.parametrize("end", ["png", "tiff"])
@@ -69,7 +70,7 @@ def test_data_turned_photos_are_read_upright(folder, orientation, end):
     (folder / "train/images/a.jpg").unlink()
     Image.fromarray(stored).convert("RGB").save(folder / f"train/images/a.{end}", exif=exif)
     train = data.load("folder", folder)
-    assert train[0][0][0].tolist() == upright.tolist() and data.Look(train)[0].sum() == 48     # the label's size
+    assert train[0][0][0].tolist() == upright.tolist() and train[0][1].shape == (6, 8)     # the label's size
     Image.fromarray(stored % 3).save(folder / "train/labels/a.png", exif=exif)      # a tool that copied the block
     assert train[0][1].tolist() == (upright % 3).tolist()
 
@@ -155,6 +156,7 @@ def test_data_coco_stuff_forms_agree(tmp_path):
     (lambda r: write(r, {"classes.txt": "road\n\nsky\n"}), "classes.txt: line 2 is empty"),
     (lambda r: (r / "classes.txt").write_text("sky\nroad", encoding="utf-16"), "classes.txt: expected UTF-8"),
     (lambda r: (r / "train/labels/b.png").unlink(), "missing: .*b.png"),
+    (lambda r: (r / "train/labels").rename(r / "train/masks"), "missing: .*train/labels\n.*Expected folders"),
     (lambda r: write(r, {"train/images/a.b.png": [[0]], "train/images/a.png": [[0]]}), "a.jpg and a.png: two images"),
     (lambda r: [path.unlink() for path in (r / "train/images").iterdir()], "no pictures"),
     (lambda r: Image.new("I;16", (8, 6)).save(r / "train/images/a.jpg", "PNG"), "a.jpg has pixels .* expected 8 bits"),

@@ -12,6 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import data
 import evaluate
+import models
 import ranet
 import train
 
@@ -24,7 +25,8 @@ def trained(tmp_path_factory):
     """The checkpoint of two steps of training, and the picture of another such run."""
     folder, built = tmp_path_factory.mktemp("run"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "build", lambda *given, build=train.build: built.append(given[1:]) or build(*given))
+        for module in (train, models):
+            patch.setattr(module, "build", lambda *given, build=models.build: built.append(given[1:]) or build(*given))
         patch.setattr(data.Ribbons, "splits", {"train": 16, "val": 3, "test": 3})
         train.main(["--out", str(folder), *FLAGS])
         return folder / "last.pt", pictures.growth(["0", "2"], FLAGS), built
@@ -34,7 +36,7 @@ def trained(tmp_path_factory):
 def drawn():
     """A network that knows the objects of a scene, so that its regions have many sizes; the scene and its maps."""
     torch.manual_seed(0)
-    model = train.build(train.parse([]), 7).eval()
+    model = models.build(train.parse([]).settings, 7).eval()
     model.reduce[1].weight.data *= 60                           # otherwise all features and weights are nearly equal
     model.context.rcb.logits.data[0, 1] = 2                             # W^g has a direction
     image, label = data.load("ribbons", split="val")[9]
@@ -42,7 +44,7 @@ def drawn():
     B = 8 * ranet.pool_boundary(data.boundary_mask(label)[None], (24, 24))[0] - 4 + 0.3 * torch.randn(1, 1, 24, 24)
     C = 5 * classes + 0.3 * torch.randn(1, 7, 24, 24)
     model.boundary.forward, model.semantic.forward = lambda A: B, lambda A: C   # for every image
-    return model, image.as_subclass(torch.Tensor), pictures.equations(model, image)
+    return model, image, pictures.equations(model, image)
 
 
 def cut(picture, row, column):
@@ -102,10 +104,10 @@ def test_growth_draws_the_regions_of_each_step(trained):
     path, whole, built = trained
     (model, args, checkpoint), seen = pictures.network(path), set()
     torch.manual_seed(0)
-    for column, state in ((1, train.build(args, 7).state_dict()), (3, checkpoint["model"])):    # steps 0, 1 and 2
+    for column, state in ((1, models.build(args, 7).state_dict()), (3, checkpoint["model"])):    # steps 0, 1 and 2
         model.load_state_dict(state)
         for row, scene in enumerate((0, 2)):
-            image = data.Ribbons("val")[scene][0][:, 28:68, 28:68].as_subclass(torch.Tensor)     # the middle 40 of 96
+            image = data.Ribbons("val")[scene][0][:, 28:68, 28:68]     # the middle 40 of 96
             with torch.inference_mode():
                 labels, J = model(data.normalize(image)[None]).regions
             drawn = evaluate.draw_regions(labels[0], J[0], args.k)
@@ -126,7 +128,7 @@ def run(monkeypatch, *given):
     ("growth --context spp", "no regions"), ("alone.pt 9", "--context no-inter")])
 def test_mistakes_are_named(given, words, trained, monkeypatch):
     monkeypatch.chdir(trained[0].parent)
-    checkpoint = evaluate.read("last.pt")
+    checkpoint = models.read("last.pt")
     checkpoint["args"]["context"] = "no-inter"
     torch.save(checkpoint, "alone.pt")
     with pytest.raises(SystemExit, match=words):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""train.py and evaluate.py: resuming, processes, models, evaluation, and what they say about mistakes."""
+"""train.py, evaluate.py and models.py: resuming, processes, models, evaluation, and what they say about mistakes."""
 import itertools
 import json
 import math
@@ -18,6 +18,7 @@ from torch import nn
 
 import data
 import evaluate
+import models
 import ranet
 import train
 
@@ -28,11 +29,11 @@ TINY = ["--crop", "32", "--batch", "4", "--workers", "0"]
 CHILD = f"""
 import os, sys
 sys.path[:0] = {sys.path!r}
-import torch, data, train, {Path(__file__).stem} as tests
+import torch, data, {Path(__file__).stem} as tests
 torch.set_num_threads(1)
 data.Ribbons.splits = dict(train=16, val=3, test=3)
 exec(sys.argv.pop(1))
-train.main(sys.argv[1:])
+tests.run(*sys.argv[1:])
 """
 
 
@@ -70,7 +71,9 @@ def small(monkeypatch, tmp_path):
 
 
 def run(*flags):
-    train.main([str(flag) for flag in flags])
+    """train.py with these flags, or evaluate.py, where that is the first."""
+    program = evaluate if flags[:1] == ("evaluate",) else train
+    program.main([str(flag) for flag in flags[program is evaluate:]])
 
 
 def child(*flags, processes=1, code=""):
@@ -105,7 +108,7 @@ def test_train_writes_what_it_says_the_same_for_the_same_seed(capsys):
     run(*TINY, "--steps", 2, "--out", "out")
     first, metrics = load(), json.loads(Path("out/metrics.json").read_text())
     assert first["step"] == 2 and first["args"]["k"] == 8 and first["args"]["context"] == "ranet"
-    assert " ".join(metrics) == "fine_miou coarse_miou data context backbone protocol pixels classes steps seed"
+    assert " ".join(metrics) == "data context backbone protocol steps seed fine_miou coarse_miou pixels classes"
     assert metrics["classes"].keys() == set(data.Ribbons.classes) and metrics["steps"] == 2
     assert f"{100 * metrics['fine_miou']:.1f}" in capsys.readouterr().out
     assert Path("out/overview.png").stat().st_size > 10000
@@ -152,7 +155,9 @@ def test_train_a_full_disk_keeps_the_checkpoint(monkeypatch):
     (lambda loss: loss._replace(total=loss.total / 0), "step 1: the loss is inf; start anew with a lower --lr"),
     (partial(ends, RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
                                 "dataloader's workers are out of shared memory.")),
-     "too little shared memory for workers: raise it")])
+     "too little shared memory for workers: raise it"),
+    (lambda _loss: ends(torch._dynamo.exc.TorchDynamoException("No working C++ compiler\nmore")),       # --compile
+     "step 1: No working C++ compiler; out/last.pt is whole")])
 def test_train_says_what_ended_it(monkeypatch, happens, said):
     at_step(monkeypatch.setattr, 2, happens)
     assert said in fails(*TINY, "--context", "none", "--steps", 6, "--out", "out")
@@ -180,7 +185,7 @@ def test_train_two_processes_are_one(monkeypatch):
             torch.testing.assert_close(two["model"][key], one["model"][key], rtol=0, atol=1e-5)
     for a, b in zip(log("one"), log("two"), strict=True):
         assert a == pytest.approx(b, abs=1e-4)
-    run("--eval", "two/last.pt", "--workers", 0)        # at the end, two processes shared the three images
+    run("evaluate", "two/last.pt", "--workers", 0)        # at the end, two processes shared the three images
     alone, shared = (json.loads(Path("two", f"{name}.json").read_text()) for name in ("eval-val", "metrics"))
     assert all(alone[key] == shared[key] for key in alone) and "3 images" in alone["protocol"]
 
@@ -188,7 +193,7 @@ def test_train_two_processes_are_one(monkeypatch):
 def test_train_mistakes_are_said_once_and_without_a_traceback():
     result = child(*TINY, "--batch", 3, "--steps", 2, "--out", "out", processes=2)
     assert result.stderr.count("--batch 3 does not split over 2 processes") == result.returncode == 1
-    result = child("--predict", "missing.pt", "a.png")
+    result = child("evaluate", "missing.pt", "a.png")
     assert (result.returncode, result.stdout, result.stderr) == (1, "", "missing.pt: no such file\n")
     result = child(code="os.environ.update(RANK='0', LOCAL_RANK='0')")          # left over from a launcher
     assert result.stderr.startswith("RANK is set and WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: start with torchrun")
@@ -196,8 +201,8 @@ def test_train_mistakes_are_said_once_and_without_a_traceback():
 
 def test_train_order_is_one_permutation_an_epoch():
     def order(step, rank, world):
-        args = Namespace(batch=4, steps=12, seed=3, rank=rank, world=world)
-        return list(train.order(10, args, step))
+        settings, where = Namespace(batch=4, steps=12, seed=3), evaluate.Where(rank, world, None, 0)
+        return list(train.order(10, settings, step, where))
     whole = order(0, 0, 1)
     indices = [i for batch in whole for i, _ in batch]
     assert all(sorted(indices[a:a + 10]) == list(range(10)) for a in (0, 10, 20, 30))
@@ -209,28 +214,28 @@ def test_train_order_is_one_permutation_an_epoch():
 
 # --- models ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("flags", [
-    *(["--context", name] for name in train.CONTEXTS if name != "ranet"), ["--k", "1"], ["--amp"],
+    *(["--context", name] for name in models.CONTEXTS if name != "ranet"), ["--k", "1"], ["--amp"],
     ["--channels", "20"]], ids=" ".join)
 def test_train_every_variant_takes_two_steps(flags, monkeypatch):
     monkeypatch.setattr(data.Ribbons, "splits", {"train": 16, "val": 1, "test": 1})
-    models, build = [], train.build
-    monkeypatch.setattr(train, "build", lambda *args: models.append(build(*args)) or models[-1])
+    built, build = [], train.build
+    monkeypatch.setattr(train, "build", lambda *args: built.append(build(*args)) or built[-1])
     run(*TINY, *flags, "--steps", 2, "--batch", 1, "--crop", 64, "--out", "out")    # BatchNorm with one image
-    assert [n for n, p in models[0].named_parameters() if p.grad is None] == []
-    run("--eval", "out/last.pt", "--workers", 0)        # rebuilt from the checkpoint alone
+    assert [n for n, p in built[0].named_parameters() if p.grad is None] == []
+    run("evaluate", "out/last.pt", "--workers", 0)        # rebuilt from the checkpoint alone
     result, metrics = (json.loads(Path(f"out/{name}.json").read_text()) for name in ("eval-val", "metrics"))
     assert result["classes"] == metrics["classes"] and result["steps"] == 2
 
 
 def test_train_contexts_are_different():
     A, maps = torch.rand(2, 8, 7, 5), (torch.full((2, 7, 5), 0.1), torch.full((2, 3, 7, 5), 1 / 3))
-    spp, nonlocal_, own = (train.make_context(name, 8, 3) for name in ("spp", "nonlocal", "own"))
+    spp, nonlocal_, own = (models.make_context(name, 8, 3) for name in ("spp", "nonlocal", "own"))
     query, key, value = nonlocal_.embed(A).flatten(2).mT.chunk(3, 2)
     O = nonlocal_.out(((query @ key.mT).softmax(2) @ value).mT.reshape(2, 4, 7, 5))
     torch.testing.assert_close(nonlocal_(A, *maps)[0], O)
     pooled = spp.branches[0](A.mean((2, 3), keepdim=True)).relu().expand(2, 2, 7, 5)
     torch.testing.assert_close(spp(A, *maps)[0][:, :2], pooled)
-    assert spp(A, *maps)[0].shape == A.shape and not train.make_context("none", 8, 3)(A, *maps)[0].any()
+    assert spp(A, *maps)[0].shape == A.shape and not models.make_context("none", 8, 3)(A, *maps)[0].any()
     O, regions = own(A, *maps)
     torch.testing.assert_close(O, own.out(own.regions.rib(own.embed(A) * 8 ** -0.25, regions)))
     assert own.regions.rib.representatives == 3
@@ -244,7 +249,7 @@ def test_train_contexts_are_different():
     ("vit_tiny_patch16_224", None, 192, [192]), ("vgg11", None, 1536, [512, 512, 512]),
     ("efficientnet_lite0", [8, 16], 152, [40, 112])])           # what lies deeper is idle
 def test_train_backbones(name, strides, channels, each):
-    backbone, found = train.make_backbone(name, strides=strides)
+    backbone, found = models.make_backbone(name, strides=strides)
     features = backbone.train()(torch.rand(2, 3, 72, 57))
     assert found == channels and features.shape == (2, channels, 9, 8)
     features.square().sum().backward()
@@ -260,16 +265,16 @@ def test_train_backbone_maps_lie_on_one_grid():
             assert images.shape[2:] == (48, 64)                 # padded to the coarser stride
             return [nn.functional.avg_pool2d(images, 8), nn.functional.avg_pool2d(images, 16)]
     ramp = (torch.arange(48.0)[:, None] + 100 * torch.arange(64.0)).expand(1, 3, 48, 64)
-    fine, coarse = train.Backbone(Means())(ramp).chunk(2, 1)    # [1, 3, 6, 8] each
+    fine, coarse = models.Backbone(Means())(ramp).chunk(2, 1)    # [1, 3, 6, 8] each
     torch.testing.assert_close(fine[:, :, 1:-1, 1:-1], coarse[:, :, 1:-1, 1:-1])
-    assert train.Backbone(Means())(ramp[:, :, :33, :50]).shape == (1, 6, 5, 7)
+    assert models.Backbone(Means())(ramp[:, :, :33, :50]).shape == (1, 6, 5, 7)
 
 
 def test_train_takes_backbone_weights_from_a_file_and_says_when_they_cannot_be_had(monkeypatch):
     import timm
     net = timm.create_model("resnet18", num_classes=3)
     torch.save(net.state_dict(), "resnet18.pth")
-    backbone, _ = train.make_backbone("resnet18", "resnet18.pth")
+    backbone, _ = models.make_backbone("resnet18", "resnet18.pth")
     assert torch.equal(backbone.net.layer4[1].conv2.weight, net.layer4[1].conv2.weight)
     torch.save({"a": torch.ones(1)}, "other.pth")
     Path("text.pth").write_text("no weights")
@@ -293,22 +298,27 @@ class Four(list):
     classes = "dark", "red", "absent", "unseen"
 
 
+HERE = evaluate.Where(0, 1, torch.device("cpu"), 0)
+
+
 def test_train_evaluation_by_hand():
     red = torch.tensor([[0, 255, 255], [0, 255, 118]], dtype=torch.uint8)           # [h, w]
     label = torch.tensor([[0, 1, 3], [1, 255, 255]], dtype=torch.uint8)             # [h, w]
     images = Four([(red.expand(3, -1, -1), x) for x in (label, torch.full_like(label, 255))])
-    args = Namespace(crop=2, workers=0, scales=[1.0], flip=False, amp=False, data="four", context="none", backbone="",
-                     rank=0, world=1, device=torch.device("cpu"))
-    result = evaluate.evaluate(Painted(), images, "val", "train", args)
+    how, path = evaluate.How(2), Path("scores.json")
+    result = evaluate.evaluate(Painted(), images, how, HERE)
     # fine: dark 1 right, 1 wrong (from red); red 1 right, 1 missed, 1 wrong (from unseen); unseen 1 missed; absent is
     # found where nothing is labelled, and does not count; coarse: it is found everywhere, and counts as 0.
     assert [c["fine"] for c in result["classes"].values()] == [1 / 2, 1 / 3, None, 0]
     assert [c["coarse"] for c in result["classes"].values()] == [0, 0, 0, 0] and result["coarse_miou"] == 0
     assert result["fine_miou"] == pytest.approx((1 / 2 + 1 / 3) / 3) and result["pixels"] == 4
-    assert "four val, 2 images, 4 classes; windows of 2, stride 2" in result["protocol"]
-    nothing = evaluate.evaluate(Painted(), Four(images[1:]), "val", "train", args)
+    settings = Namespace(data="four", split="train", context="none", backbone="")
+    evaluate.report(result, settings, images, "four", "val", how, path)
+    assert json.loads(path.read_text())["protocol"].startswith("four val, 2 images, 4 classes; windows of 2, stride 2")
+    nothing = evaluate.evaluate(Painted(), Four(images[1:]), how, HERE)
     assert nothing["fine_miou"] is None
-    evaluate.report(nothing, Path("scores.json"))
+    evaluate.report(nothing, settings, images, "four", "train", how, path)
+    assert json.loads(path.read_text())["protocol"].startswith("four train (trained on), 2 images")
 
 
 @pytest.mark.parametrize("h, w, crop", [(20, 33, 8), (7, 30, 9), (16, 16, 16), (5, 4, 9), (21, 22, 1), (20, 12, 11)])
@@ -335,8 +345,8 @@ def test_train_scales_and_mirrors_are_averaged():
         return ranet.Output(fine, -fine, fine[:, 0], None)
 
     def segment(scales=(1.0,), flip=False, maps=2):
-        return evaluate.segment(pointwise, image, Namespace(crop=8, scales=scales, flip=flip), maps)
-    image = torch.rand(3, 12, 10)
+        return evaluate.segment(pointwise, image, evaluate.How(8, scales, flip), HERE.device, maps)
+    image = torch.randint(256, (3, 12, 10), dtype=torch.uint8)
     plain, half, both = segment(), segment(scales=[0.5]), segment(scales=[1.0, 0.5])
     torch.testing.assert_close(plain.sum(1), torch.ones(2, 12, 10))
     torch.testing.assert_close(segment(flip=True), plain)
@@ -348,12 +358,13 @@ def test_train_scales_and_mirrors_are_averaged():
 @pytest.mark.parametrize("flags, part", [
     *((flags, flags.split()[0]) for flags in ("--steps 0", "--nonsense", "--context other", "--lr nan", "--seed -1",
                                               "--workers -1", "--flip", "--split val", "--gpus 4000")),
-    ("--context none --k 3", "--k"), ("--strides 7 --backbone resnet18", "strides 2 4 8 16 32"), ("--eval .", "check"),
+    ("--context none --k 3", "--k"), ("--strides 7 --backbone resnet18", "strides 2 4 8 16 32"),
     ("--strides 8", "small"), ("--backbone small --weights imagenet", "small"), ("--backbone resnet9999", "resnet9999"),
     ("--backbone resnet18 --weights missing.pth", "missing.pth"), ("--context spp --channels 66", "--channels 66"),
     ("--backbone vit_tiny_patch14_reg4_dinov2 --weights none", "vit_tiny"), ("--data other", "other"),
     ("--scale 2 1", "--scale"), ("--data cityscapes", "root"), ("--root x", "root"), ("--split trainval", "trainval"),
-    ("--split train+coarse", "train+coarse"), ("--eval missing.pt", "missing.pt"), ("--eval child.py", "child.py")])
+    ("--split train+coarse", "train+coarse"), ("evaluate missing.pt", "missing.pt"), ("evaluate child.py", "child.py"),
+    ("evaluate", "checkpoint"), ("evaluate .", "read as a checkpoint")])
 def test_train_mistakes_take_one_line(flags, part):
     assert part in fails(*flags.split())
     assert os.listdir() == ["child.py"]
@@ -363,35 +374,38 @@ def test_train_checkpoints_that_do_not_fit():
     run(*TINY, "--steps", 1, "--context", "none", "--out", "out")
     before, checkpoint = Path("out/last.pt").read_bytes(), load()
     for flags, said in (
-            ("--resume --steps 2", "--steps"), ("--resume --context spp", "--context"),
-            ("--eval out/last.pt --context ranet", "--context"), ("--eval out/last.pt --steps 3", "--steps"),
-            ("--predict out/last.pt a.png --data folder", "--data"), ("--predict out/last.pt", "pictures"),
-            ("--predict out/last.pt a.png --eval x.pt", "--eval"), ("--eval out/last.pt --resume", "--resume")):
-        assert said in fails("--out", "out", *flags.split())
+            ("--resume --steps 2 --out out", "--steps"), ("--resume --context spp --out out", "--context"),
+            ("evaluate out/last.pt --context ranet", "--context"), ("evaluate out/last.pt --resume", "--resume"),
+            ("evaluate out/last.pt a.png --data folder", "--data")):
+        assert said in fails(*flags.split())
     for changed, said in (
             ({**checkpoint, "classes": ["a"]}, "class 0 is 'a' in x.pt and 'wall' in the data (1 and 7 classes)"),
             ({**checkpoint, "args": {**checkpoint["args"], "context": "spp"}}, "another model"),
-            ({**checkpoint, "args": {**checkpoint["args"], "data": "shapes"}}, "x.pt is of another version: --data"),
+            ({**checkpoint, "args": {**checkpoint["args"], "data": "shapes"}}, "another version: --data shapes"),
             (checkpoint["model"], "x.pt")):
         torch.save(changed, "x.pt")
-        assert said in fails("--eval", "x.pt")
+        assert said in fails("evaluate", "x.pt")
     Path("half.pt").write_bytes(before[:len(before) // 2])
-    assert "half.pt" in fails("--predict", "half.pt", "a.png")
+    assert "half.pt" in fails("evaluate", "half.pt", "a.png")
     assert Path("out/last.pt").read_bytes() == before
 
 
 def test_train_gpus_is_torchrun(monkeypatch):
     calls = []
     monkeypatch.setattr(os, "execv", lambda _program, argv: calls.append(argv) or sys.exit())   # does not return
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     run(*TINY, "--steps", 1, "--context", "none", "--out", "out")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(SystemExit):
-        run("--predict", "out/last.pt", "a.png", "b.png", "--gpus", 2)
-    at = calls[0].index(train.__file__)
+        run("evaluate", "out/last.pt", "a.png", "b.png", "--gpus", 2)
+    at = calls[0].index(evaluate.__file__)
     assert calls[0][1:at] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    monkeypatch.setenv("RANK", "0")     # what each of the processes then parses
-    assert train.parse(calls[0][at + 1:]).predict == ["out/last.pt", "a.png", "b.png"]
-    pytest.raises(SystemExit, train.parse, ["--gpus", "1"]).match("torchrun")
+    args = evaluate.parse(calls[0][at + 1:])                    # what each of the processes then parses
+    assert args.gpus == 0 and args.pictures == [Path("a.png"), Path("b.png")]
+    monkeypatch.setenv("RANK", "0")
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr("torch.distributed.rendezvous", lambda _: iter([(torch.distributed.HashStore(), 0, 1)]))
+    assert "torchrun" in fails("--gpus", 1)
 
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -410,16 +424,18 @@ def photos(tmp_path):
 
 
 def test_train_looks_at_the_labels_first(photos, capsys):
-    Path("set/val/labels").rename("set/val/label")
+    label, good = Path("set/val/labels/1.png"), Path("set/val/labels/1.png").read_bytes()
     run(*photos)
-    assert "val: no pixel of 2 of 2 classes (sky, road), so there will be no score" in capsys.readouterr().out
-    assert "use --predict" in fails("--eval", "out/last.pt", "--workers", "0")
+    label.write_bytes(good[:60])
+    for flags in (*photos, "--resume"), ("evaluate", "out/last.pt", "--workers", "0"):      # before anything else
+        assert "set/val/labels/1.png is no readable picture" in fails(*flags)
+    Path("set/val/labels").rename("set/val/label")
+    run(*photos, "--resume")
+    assert "val has no labels, so there will be no score" in capsys.readouterr().out
+    assert "val has no labels" in fails("evaluate", "out/last.pt", "--workers", "0")
     for i in (0, 1):
         Image.new("L", (24, 20), 255).save(f"set/train/labels/{i}.png")
     assert "train: nothing is labelled in its 2 images" in fails(*photos, "--out", "new")
-    Path("set/train/labels").rename("set/train/masks")
-    assert "set/train/labels is no folder" in fails(*photos, "--out", "new")
-    Path("set/train/masks").rename("set/train/labels")
     Image.fromarray(np.uint8(255 * np.eye(20, 24))).save("set/train/labels/0.png")      # 0 and 255, as many tools write
     run(*photos, "--out", "new")
     assert "train: no pixel of 1 of 2 classes (road)" in capsys.readouterr().out
@@ -442,15 +458,15 @@ def test_train_predictions_are_ids_with_colours_and_replace_only_predictions(pho
     Path("pictures").mkdir()
     for name, mode in (("a", "RGB"), ("b", "L")):
         Image.new(mode, (24, 20), 90).save(f"pictures/{name}.jpg")
-    assert "no pictures (" in fails("--predict", "out/last.pt", "set/train")
-    assert "pictures/a.jpg have the same name" in fails("--predict", "out/last.pt", "pictures", "other/a.png")
+    assert "no pictures (" in fails("evaluate", "out/last.pt", "set/train")
+    assert "pictures/a.jpg have the same name" in fails("evaluate", "out/last.pt", "pictures", "other/a.png")
     Path("pictures/._a.jpg").write_bytes(b"what another system leaves")
-    run("--predict", "out/last.pt", "pictures", "pictures/b.jpg", "--out", "pictures")
-    run("--predict", "out/last.pt", "pictures", "--out", "pictures")       # its own results are no pictures
+    run("evaluate", "out/last.pt", "pictures", "pictures/b.jpg", "--out", "pictures")
+    run("evaluate", "out/last.pt", "pictures", "--out", "pictures")       # its own results are no pictures
     assert len(os.listdir("pictures")) == 7
     for path in Path("pictures").glob("*_*.png"):
         path.unlink()
-    run("--predict", "out/last.pt", "pictures", "--out", "new")
+    run("evaluate", "out/last.pt", "pictures", "--out", "new")
     assert "new/b_overlay.png\n" in capsys.readouterr().out
     ids, mask = data.read_ids("new/a_mask.png"), Image.open("new/a_mask.png")
     assert ids.shape == Image.open("new/a_overlay.png").size[::-1] == (20, 24)
@@ -460,20 +476,20 @@ def test_train_predictions_are_ids_with_colours_and_replace_only_predictions(pho
     Image.new("L", (3, 3)).save("new/b_overlay.png")
     mine = Path("new/b_overlay.png").read_bytes()
     Image.new("RGB", (24, 20)).save("pictures/c.webp")
-    assert fails("--predict", "out/last.pt", "pictures", "--out", "new") == "2 of 3 pictures could not be segmented"
+    assert fails("evaluate", "out/last.pt", "pictures", "--out", "new") == "2 of 3 pictures could not be segmented"
     said = capsys.readouterr().err
-    assert "a.jpg is no readable picture" in said and "b_overlay.png was not made by --predict" in said
+    assert "a.jpg is no readable picture" in said and "b_overlay.png was not made by evaluate.py" in said
     assert Path("new/b_overlay.png").read_bytes() == mine and Path("new/c_mask.png").exists()
     slide = evaluate.slide
     with monkeypatch.context() as patch:                        # nor does one that is too large end the others
         patch.setattr(evaluate, "slide", lambda model, image, *given: slide(model, image, *given)
                       if image.shape[3] < 30 else ends(RuntimeError("can't allocate memory: 9 bytes\nat")))
         Image.new("RGB", (34, 20)).save("pictures/b1.png")
-        assert "2 of 4 pictures" in fails("--predict", "out/last.pt", "pictures", "--out", "newest")
+        assert "2 of 4 pictures" in fails("evaluate", "out/last.pt", "pictures", "--out", "newest")
     assert "pictures/b1.png: can't allocate memory: 9 bytes\n" in capsys.readouterr().err
     assert Path("newest/c_mask.png").exists()
     monkeypatch.setattr(evaluate, "evaluate", lambda *args: pytest.fail("evaluated first"))
-    assert "Not a directory" in fails("--eval", "out/last.pt", "--workers", "0", "--out", "pictures/c.webp/out")
+    assert "Not a directory" in fails("evaluate", "out/last.pt", "--workers", "0", "--out", "pictures/c.webp/out")
 
 
 def test_train_keeps_its_results_where_names_cannot_be_printed(photos):
@@ -492,7 +508,7 @@ def test_train_writes_cityscapes_label_ids():
                 picture.save(f"set/{kind}/{split}/ulm/ulm_00000{i}_000019_{suffix}.png")
     run("--data", "cityscapes", "--root", "set", "--backbone", "small", "--steps", 1, "--batch", 2, "--crop", 32,
         "--context", "none", "--workers", 0, "--split", "trainval", "--out", "out")
-    run("--eval", "out/last.pt", "--split", "test", "--workers", 0)
+    run("evaluate", "out/last.pt", "--split", "test", "--workers", 0)
     names, metrics = sorted(os.listdir("out/cityscapes-test")), json.loads(Path("out/metrics.json").read_text())
     assert metrics["protocol"].startswith("cityscapes val (trained on), 3 images")
     assert load()["args"]["split"] == "trainval"
