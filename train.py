@@ -108,7 +108,8 @@ def train(args: argparse.Namespace, where: Where) -> None:
     if settings.batch % world:
         sys.exit(f"--batch {settings.batch} does not split over {world} processes")
     data, val = (load(settings.data, settings.root, split) for split in (settings.split, "val"))
-    look(settings.split, data, where)
+    if not saved:                   # when a run goes on, what is broken is met on the way and loses nothing
+        look(settings.split, data, where)
     look("val", val, where)
     torch.manual_seed(settings.seed)
     classes = data.classes
