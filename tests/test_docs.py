@@ -86,7 +86,7 @@ def test_docs_page_function_and_tests_name_each_other(page):
         assert f"`{function}`" in opening and f"`{function}`" in row, "a row of the map"
         assert re.search(rf"(import|,) {function}\b", text), "an example calls it"
     for prefix in ["test_regions_", "test_lone_", "test_reps_"] if page == "regions" else [f"test_{page}_"]:
-        assert f"`{prefix}*`" in text and f"`{prefix}*`" in row and any(name.startswith(prefix) for name in TESTS)
+        assert f"`{prefix}*`" in row and any(name.startswith(prefix) for name in TESTS)
     assert nav == [READING_ORDER[before], "README", READING_ORDER[before + 2]], "previous, map, next"
     if page != "regions":
         assert text.startswith(f"# Eq. {page[2:]}: ") and re.findall(r"^## (.+)$", text, re.MULTILINE) == [

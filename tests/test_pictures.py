@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import inside
 import pictures
 import pytest
 import torch
@@ -147,3 +148,14 @@ def test_drawings_show_the_equations(tmp_path, monkeypatch):
         B = 0.1 + 0.75 * torch.exp(-(3 - 4.6 + 0.4 * torch.arange(4.0)) ** 2)
         value = torch.lerp(B[1], B[2], 2 / 7)                   # row 9 / 7
         assert picture.getpixel((3 * 64 + 32 + 4, round((9 / 7 + 0.5) * 64))) == tuple(heat(value.view(1, 1)).flatten())
+
+
+def test_inside_counts_by_hand_and_runs(trained, monkeypatch, capsys):
+    weights = torch.tensor([[0.25] * 4, [1.0, 0, 0, 0], [0.5, 0.5, 0, 0]])
+    assert inside.effective(weights, 1).tolist() == pytest.approx([4, 1, 2])
+    assert inside.spread(torch.tensor([[0.0, 0], [3, 4], [0, 0]]), 3) == pytest.approx(10 / 3)
+    monkeypatch.setattr(sys, "argv", ["inside.py", str(trained[0]), "--images", "2"])
+    inside.main()
+    head, _, row = capsys.readouterr().out.splitlines()
+    share, Q, *_ = (float(x) for x in row.split("|")[2:-1])
+    assert head.count("|") == row.count("|") and 0 < share < 1 and Q >= 1
