@@ -17,6 +17,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 def test_explore_page_is_one_short_file():
     assert PAGE.count("\n") <= 260 and len(PAGE) < 200_000
+    assert max(len(line) for line in PAGE.splitlines() if explore.MARK not in line) <= 120
     assert re.findall(r"(?:src|href)=[\"']?([^\"' >]+)", PAGE) == ["README.md"]
     assert not re.search(r"https?:|import|fetch", PAGE)
 
