@@ -47,7 +47,8 @@ SETTINGS = "data", *PAPER                               # what a checkpoint reme
 # --- Training --------------------------------------------------------------------------------------------
 
 def seed_of(seed: int, step: int, slot: int) -> int:
-    """All chance of a step comes from this, so a resumed run needs no generator's state."""
+    """All chance of a step comes from this, so a resumed run needs no generator's state. Slots: 0..batch - 1 of the
+    images, then the dropout of each process, and 2 batch the order of an epoch."""
     return (seed << 44) + (step << 16) + slot
 
 
