@@ -71,8 +71,8 @@ class Ribbons(Dataset):
     So a network that sees neither calls each ribbon pixel one of four: the IoU of a class is p / (1 + 3p) where it gets
     a share p of them, at most 1/7 each in the mean, and with perfect walls and lamps mIoU (3 + 4/7) / 7 = 51 %. One
     that knows the lamp only (pooling; attention, to which all ribbons look alike) or the signs only (regions without
-    eq. 7) is left with one of two: p / (1 + p), 1/3 each and mIoU 62 %. Who knows both can reach 100 %. Near a sign or
-    the lamp everybody sees it.
+    eq. 7) is left with one of two: p / (1 + p), 1/3 each and mIoU 62 %. One that knows both can reach 100 %. Near a
+    sign or the lamp every network sees it.
 
     The same (seed, split, index) is the same scene everywhere. size: h and w, at least 80.
     """
@@ -160,7 +160,7 @@ class Files(Dataset):
                 raise DataError(f"missing: {path}")
         last = max(set(ids) - {IGNORE})
         self.allowed = f"{min(ids)}..{last}" + (" or 255 for ignored" if IGNORE in ids and last < IGNORE else "")
-        self.labelled = files[0][1] is not None
+        self.labelled = any(label for _, label in files)
         self.files, self.table = files, np.full(max(ids) + 3, -1, np.int16)     # of id + 1; both ends are not allowed
         self.table[np.array(list(ids)) + 1] = list(ids.values())
 
@@ -254,9 +254,9 @@ def read_lines(path: Path, gaps: bool = True) -> list[str]:
 
 
 def pictures_in(folder: Path, pattern: str) -> list[Path]:
-    """What a pattern finds in a folder, sorted; what is no picture is left out, and said."""
+    """The pictures that a pattern finds in a folder, sorted; hidden and other files are skipped and counted."""
     found = set(folder.glob(pattern))
-    pictures = sorted(path for path in found if path.suffix.lower() in PICTURES)
+    pictures = sorted(path for path in found if path.suffix.lower() in PICTURES and path.name[0] != ".")
     rest = sorted(found.difference(pictures))
     if rest:
         print(f"{folder}: {len(rest)} files left out, {rest[0].name} is the first", file=sys.stderr)
@@ -305,8 +305,6 @@ class Cityscapes(Files):
 
 def cityscapes_label_ids(prediction: Tensor) -> Tensor:
     """Classes 0..18 to the labelIds that the evaluation server takes; uint8, of the same shape."""
-    if prediction.numel() and not 0 <= prediction.min() <= prediction.max() <= 18:
-        raise DataError(f"classes {int(prediction.min())}..{int(prediction.max())}, expected 0..18")
     return torch.tensor([c.id for c in CITYSCAPES], dtype=torch.uint8)[prediction.long().cpu()]
 
 
@@ -448,15 +446,15 @@ def augment(image: Tensor, label: Tensor, seed: int, crop: int, scale: tuple[flo
             flip: float = 0.5, brightness: int = 10) -> tuple[Tensor, Tensor]:
     """A random crop [3, crop, crop] and its label [crop, crop], uint8, as functions of the seed only: both scaled by a
     factor from `scale`, padded to the crop (with the mean colour, and 255), mirrored with probability `flip`, and one
-    whole number from -brightness to brightness added to all channels. Cut before it is scaled, as it may be large."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)                           # torch.manual_seed reseeds GPUs too
-        side = max(1, round(crop / torch.empty(()).uniform_(*scale).item()))    # of the window, in the image's pixels
-        mirrored = torch.rand(()) < flip
-        shift = int(torch.randint(-brightness, brightness + 1, ()))
-        top, left = (int(torch.randint(max(n - side, 0) + 1, ())) for n in label.shape)
-        size = [min(crop, max(1, round(n * crop / side))) for n in label.shape]     # less if the image is smaller
-        above, before = (int(torch.randint(crop - n + 1, ())) for n in size)
+    whole number from -brightness to brightness added to all channels. The window is cut first and then scaled, since a
+    whole image may be large."""
+    rng = torch.Generator().manual_seed(seed)           # its own: the global one belongs to the dropout
+    side = max(1, round(crop / torch.empty(()).uniform_(*scale, generator=rng).item()))     # in the image's pixels
+    mirrored = torch.rand((), generator=rng) < flip
+    shift = int(torch.randint(-brightness, brightness + 1, (), generator=rng))
+    top, left = (int(torch.randint(max(n - side, 0) + 1, (), generator=rng)) for n in label.shape)
+    size = [min(crop, max(1, round(n * crop / side))) for n in label.shape]     # less if the image is smaller
+    above, before = (int(torch.randint(crop - n + 1, (), generator=rng)) for n in size)
     window = ..., slice(top, top + side), slice(left, left + side)
     edges = [before, above, crop - size[1] - before, crop - size[0] - above]
     image = pixels.resize(image[window], size, antialias=True)              # [3, *size]

@@ -33,10 +33,10 @@ from data import (
     PICTURES, SETS, DataError, Ribbons, cityscapes_label_ids, colorize, distinct_colours, load, normalize, read_image)
 from models import one_line, read, restore
 
-BAR = {"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 30}      # in a file, a line now and then
+BAR = {"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 30}      # seconds; the latter in a file
 
 
-# --- Processes, flags and files, as train.py has them too ------------------------------------------------
+# --- Processes, flags and files, shared with train.py ----------------------------------------------------
 
 class Where(NamedTuple):
     """This process, how many there are, its device, and how many processes load its data."""
@@ -51,12 +51,13 @@ def number(kind: type, least: float, below: float = math.inf) -> Callable[[str],
         if not least <= kind(text) < below:
             raise ValueError
         return kind(text)
-    convert.__name__ = f"{kind.__name__} from {least}"          # argparse shows it
+    limit = f" and below {below}" if below < math.inf else ""
+    convert.__name__ = f"{kind.__name__} from {least}{limit}"   # argparse shows it
     return convert
 
 
 def flags(program: str) -> argparse.ArgumentParser:
-    """A parser whose mistakes take one line, with the flags of both programs; a flag that was not given is None."""
+    """A parser whose mistakes take one line, with the flags of both programs."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Defaults in brackets.")
     parser.error = lambda message: sys.exit(f"{program}: {message}")
     add = parser.add_argument
@@ -70,8 +71,8 @@ def flags(program: str) -> argparse.ArgumentParser:
 
 
 def launch(parse: Callable, run: Callable, file: str, argv: list[str]) -> None:
-    """run(parse(argv), where) in this process, in each that torchrun has started, or in --gpus new ones. What is wrong
-    with flags or files is said in one line, once."""
+    """Calls run(parse(argv), where) in this process, in every process of torchrun, or in --gpus new ones. A mistake in
+    flags or files ends it with one line, printed once."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")   # a class name that cannot be shown ends nothing
     store, rank, world, local = None, 0, 1, 0
@@ -101,20 +102,21 @@ def launch(parse: Callable, run: Callable, file: str, argv: list[str]) -> None:
     except KeyboardInterrupt:
         sys.exit("stopped")
     except (SystemExit, ValueError, OSError, RuntimeError) as error:    # a mistake in flags or data, not in the code
-        loader = "DataLoader worker" in str(error)
         if isinstance(error, SystemExit) and not isinstance(error.code, str):
             raise                       # --help
-        if isinstance(error, RuntimeError) and not loader:
-            raise
         if store and store.add("failed", 1) > 1:
             sys.exit(1)                 # another process has said it
-        sys.exit(one_line(error) if loader else str(error))
+        if not isinstance(error, RuntimeError):
+            sys.exit(str(error))
+        if "DataLoader worker" in str(error) or "memory" in str(error):
+            sys.exit(one_line(error))
+        raise
     if world > 1:
         dist.destroy_process_group()
 
 
 def writable(out: Path) -> None:
-    """Makes the folder; one that cannot be written to is told before the work."""
+    """Makes the folder; if it cannot be written to, this fails before the work."""
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()
 
@@ -124,13 +126,9 @@ def label_pixels(pair: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def look(split: str, data, where: Where) -> None:
-    """Reads every picture and label of a data set in files once, each by one of the processes: what is wrong or missing
-    is said before the work."""
+    """Reads every picture and label of a data set in files once, each in one of the processes: what is wrong or missing
+    is named before the work."""
     if isinstance(data, Ribbons):
-        return
-    if not data.labelled:
-        if where.rank == 0:
-            print(f"{split} has no labels, so there will be no score", flush=True)
         return
     mine = Subset(data, range(where.rank, len(data), where.world))
     loader = DataLoader(mine, batch_size=None, num_workers=where.workers, collate_fn=label_pixels)
@@ -139,11 +137,12 @@ def look(split: str, data, where: Where) -> None:
     if where.world > 1:
         dist.all_reduce(pixels)
     missing = [name for name, count in zip(data.classes, pixels) if not count]
-    if len(missing) == len(data.classes):
+    nothing = len(missing) == len(data.classes)
+    if nothing and split.startswith("train"):
         sys.exit(f"{split}: nothing is labelled in its {len(data)} images")
     if missing and where.rank == 0:
-        print(f"{split}: no pixel of {len(missing)} of {len(data.classes)} classes ({', '.join(missing[:5])})",
-              flush=True)
+        print(f"{split}: no pixel of {len(missing)} of {len(data.classes)} classes ({', '.join(missing[:5])})"
+              f"{', so there will be no score' * nothing}", flush=True)
 
 
 # --- Scores ----------------------------------------------------------------------------------------------
@@ -218,8 +217,7 @@ def evaluate(model: nn.Module, data, how: How, where: Where, label_maps: Path | 
     loader = DataLoader(Subset(data, mine), batch_size=None, num_workers=where.workers)
     for i, (image, label) in zip(mine, tqdm(loader, "evaluation", disable=where.rank > 0, **BAR)):
         predictions = segment(model, image, how, where.device).argmax(1)        # [2, h, w]
-        for matrix, prediction in zip(matrices, predictions):
-            matrix += confusion(label.to(where.device), prediction, N)
+        matrices += torch.stack([confusion(label.to(where.device), x, N) for x in predictions])
         if label_maps:
             Image.fromarray(cityscapes_label_ids(predictions[0]).numpy()).save(label_maps / f"{data.name(i)}.png")
     if where.world > 1:
@@ -253,12 +251,11 @@ def score(args: argparse.Namespace, where: Where) -> None:
     """Prints the scores of a checkpoint and writes them, or the label maps of a split without labels."""
     data, trained = load(args.data, args.root, args.split), args.settings
     if not data.labelled and args.data != "cityscapes":
-        sys.exit(f"{args.split} has no labels to score with: give its pictures instead")
+        sys.exit(f"{args.split} has no labels to score with; to segment it, name its folder of images instead")
     model = restore(args.saved, args.checkpoint, data.classes).to(where.device)
     label_maps = None if data.labelled else args.out / "cityscapes-test"
     writable(label_maps or args.out)
-    if data.labelled:
-        look(args.split, data, where)
+    look(args.split, data, where)
     result = evaluate(model, data, args.how, where, label_maps)
     if where.rank == 0 and label_maps:
         print(f"{len(data)} label maps for the Cityscapes server in {label_maps}")
@@ -269,20 +266,20 @@ def score(args: argparse.Namespace, where: Where) -> None:
 
 # --- Pictures --------------------------------------------------------------------------------------------
 
-MAKER, OURS = "RANet evaluate.py", PngImagePlugin.PngInfo()
-OURS.add_text("Software", MAKER)                # such a file may be replaced, others not
+OURS = PngImagePlugin.PngInfo()
+OURS.add_text("Software", "RANet")              # such a file may be replaced, others not
 
 
 def made_here(path: Path) -> bool:
     try:
         with Image.open(path) as picture:
-            return picture.info.get("Software") == MAKER
+            return str(picture.info.get("Software")).startswith("RANet")
     except (OSError, ValueError, Image.DecompressionBombError):
         return False
 
 
 def predict(args: argparse.Namespace, where: Where) -> None:
-    """A mask and an overlay of every picture. What cannot be segmented is said, and the others go on; in a folder,
+    """A mask and an overlay of every picture. One that fails is named on stderr, and the others go on; in a folder,
     hidden files and predictions are no pictures."""
     given, saved = args.pictures, args.saved
     inside = [x for p in given if p.is_dir() for x in sorted(p.iterdir())
@@ -385,12 +382,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace, where: Where) -> None:
-    (predict if args.pictures else score)(args, where)
-
-
 def main(argv: list[str]) -> None:
-    launch(parse, run, __file__, argv)
+    launch(parse, lambda args, where: (predict if args.pictures else score)(args, where), __file__, argv)
 
 
 if __name__ == "__main__":

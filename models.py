@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Networks around ranet.py: backbones from timm, what Table 1 compares with, and their way to and from checkpoints.
+"""Networks around ranet.py: backbones from timm, what Table 1 compares with, and their way from checkpoints.
 
 Rn in a comment is a section of docs/differences.md.
 """
 import contextlib
 import itertools
-import pickle
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -57,13 +56,15 @@ def make_backbone(name: str, weights: str = "none", strides: list[int] | None = 
         sys.exit(f"--backbone {name}: expected small, resnet101, hrnet_w48 or a name of timm.list_models()")
     hrnet = {"feature_location": ""} if name.startswith("hrnet") else {}
     create = partial(timm.create_model, name, features_only=True, **hrnet)
-    # Dilated if it can be and shall be; else for images of any size, as Swin, ViT and the others spell it.
+    # Dilated to 8 where wanted and possible; else for images of any size, which Swin, ViT and others name differently.
     ways = [{"output_stride": 8}, {"strict_img_size": False}, {"dynamic_img_size": True}, {}]
     try:
         for way in ways[bool(strides or hrnet):]:
             with contextlib.suppress(AssertionError, NotImplementedError, TypeError), torch.device("meta"):
                 info = create(**way).feature_info               # a look at the levels, before weights are made
                 break
+        else:
+            create()                                            # its error says why
         deepest = dict(zip(info.reduction(), info.out_indices))     # of each stride
         wanted = set(strides or [stride for stride in deepest if stride >= (4 if hrnet else 8)])
         if not wanted <= deepest.keys():
@@ -81,15 +82,14 @@ def make_backbone(name: str, weights: str = "none", strides: list[int] | None = 
         backbone = Backbone(net)
         backbone.eval()(torch.zeros(1, 3, 72, 104)).sum().backward()
     except Exception as error:      # noqa: BLE001  timm raises whatever a model, a file or the hub leads to
-        sys.exit(f"--backbone {name} with --weights {weights} cannot be had ({one_line(error)}): give a file, "
-                 "or --weights none to start from scratch")
+        advice = "" if weights == "none" else ": give a file, or --weights none to start from scratch"
+        sys.exit(f"--backbone {name} with --weights {weights} cannot be made ({one_line(error)}){advice}")
     for p in backbone.parameters():
         p.requires_grad_(p.grad is not None)                    # DDP stops where a parameter is idle
         p.grad = None
-    channels = sum(backbone.channels)
     if hrnet:               # HRNetV2-W48 + ASPP; the paper says no more (Table 5)
-        return nn.Sequential(backbone, ASPP(channels, (12, 24, 36), 512)), 512
-    return backbone, channels
+        return nn.Sequential(backbone, ASPP(sum(backbone.channels), (12, 24, 36), 512)), 512
+    return backbone, sum(backbone.channels)
 
 
 # --- Contexts: what makes O from A, B and C --------------------------------------------------------------
@@ -152,8 +152,8 @@ CONTEXTS = *RANETS, "own", *PEERS                               # (R10, R8, R4, 
 
 
 def make_context(name: str, M: int, k: int) -> nn.Module:
-    if name in ("spp", "nonlocal") and M % 4:
-        sys.exit(f"--channels {M}: --context {name} needs a multiple of 4")
+    if name == "spp" and M % 4:
+        sys.exit(f"--channels {M}: --context spp needs a multiple of 4")
     if name in PEERS:
         return PEERS[name](M)
     if name == "own":
@@ -176,9 +176,10 @@ def read(path: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         sys.exit(f"{path}: no such file")
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError):
+    except Exception:       # noqa: BLE001  torch raises whatever bytes that are no checkpoint lead to
         sys.exit(f"{path} cannot be read as a checkpoint")
-    if not isinstance(checkpoint, dict) or not {"args", "step", "model", "classes"} <= checkpoint.keys():
+    keys = {"args", "step", "model", "classes", "palette"}
+    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys() or not isinstance(checkpoint["args"], dict):
         sys.exit(f"{path} is no checkpoint of train.py")
     data, context = (checkpoint["args"].get(key) for key in ("data", "context"))
     if data not in SETS or context not in CONTEXTS:

@@ -31,24 +31,23 @@ from data import TrainingSet, load
 from evaluate import BAR, How, Where, draw_overview, evaluate, flags, launch, look, number, report, writable
 from models import CONTEXTS, PEERS, build, one_line, read, restore
 
-# The paper's values for its three data sets, and the field's where it is silent (R12).
+# The settings of a run, which its checkpoint keeps: the paper's values for its data sets, or the field's (R12).
 PAPER = {"root": None, "split": "train", "backbone": "resnet101", "weights": None, "strides": None, "channels": None,
          "context": "ranet", "k": 8, "steps": 60000, "batch": 8, "crop": 520, "scale": [0.5, 2.0], "lr": 0.001,
-         "weight_decay": 1e-4, "radius": 2.0, "seed": 0, "amp": False, "compile": False}
+         "weight_decay": 1e-4, "radius": 2.0, "seed": 0, "amp": False, "compile": False, "data": None}
 RECIPES = {
     "ribbons": {**PAPER, "backbone": "small", "steps": 300, "crop": 96, "scale": [1.0, 1.0], "lr": 0.1, "radius": 1.0},
     "cityscapes": {**PAPER, "steps": 40000, "crop": 769, "scale": [0.7, 2.1], "weight_decay": 5e-4},
     "pascal_context": PAPER, "pascal_context60": PAPER, "coco_stuff": PAPER,
     "folder": {**PAPER, "steps": 10000, "crop": 320},
 }
-SETTINGS = "data", *PAPER                               # what a checkpoint remembers
 
 
 # --- Training --------------------------------------------------------------------------------------------
 
 def seed_of(seed: int, step: int, slot: int) -> int:
-    """All chance of a step comes from this, so a resumed run needs no generator's state. Slots: 0..batch - 1 of the
-    images, then the dropout of each process, and 2 batch the order of an epoch."""
+    """Seeds every random number of a step, so a resumed run needs no generator's state. Slots: 0..batch - 1 the images,
+    batch + rank the dropout of a process, 2 batch the order of the epoch `step`."""
     return (seed << 44) + (step << 16) + slot
 
 
@@ -57,16 +56,15 @@ def order(n: int, settings: argparse.Namespace, step: int, where: Where):
 
     Images come in a new permutation every epoch; a batch may hold the end of one and the start of the next.
     """
-    batch_size, seed = settings.batch, settings.seed
     epoch = None
     for now in range(step, settings.steps):
         batch = []
-        for slot in range(where.rank, batch_size, where.world):
-            this, place = divmod(now * batch_size + slot, n)
+        for slot in range(where.rank, settings.batch, where.world):
+            this, place = divmod(now * settings.batch + slot, n)
             if this != epoch:
-                epoch, generator = this, torch.Generator().manual_seed(seed_of(seed, this, 2 * batch_size))
+                epoch, generator = this, torch.Generator().manual_seed(seed_of(settings.seed, this, 2 * settings.batch))
                 permutation = torch.randperm(n, generator=generator).tolist()
-            batch.append((permutation[place], seed_of(seed, now, slot)))
+            batch.append((permutation[place], seed_of(settings.seed, now, slot)))
         yield batch
 
 
@@ -80,10 +78,9 @@ def mean(x: Tensor, world: int) -> Tensor:
 def region_statistics(regions: ranet.Regions, boundary: Tensor) -> Tensor:
     """Q, the share of single-pixel regions in the map, and the means of B and J, over all images [4].
     A run has collapsed where Q stays at 1 or the share goes to 1 (R14)."""
-    sizes = [image.flatten().bincount() for image in regions.labels]
-    Q = sum(len(size) for size in sizes) / len(sizes)
-    singles = sum((size == 1).sum().item() for size in sizes) / regions.labels.numel()
-    return torch.tensor([Q, singles, boundary.sigmoid().mean().item(), regions.J.mean().item()], device=boundary.device)
+    sizes = torch.cat([image.flatten().bincount() for image in regions.labels])     # of all regions of all images
+    counts = len(sizes) / len(regions.labels), (sizes == 1).sum().item() / regions.labels.numel()
+    return torch.tensor([*counts, boundary.sigmoid().mean().item(), regions.J.mean().item()], device=boundary.device)
 
 
 def save(path: Path, checkpoint: dict) -> None:
@@ -108,8 +105,11 @@ def train(args: argparse.Namespace, where: Where) -> None:
     last, log = out / "last.pt", out / "log.jsonl"
     if settings.batch % world:
         sys.exit(f"--batch {settings.batch} does not split over {world} processes")
+    step = start = saved["step"] if saved else 0
+    if mean(torch.tensor([float(start)], device=device), world).item() != start:
+        sys.exit(f"{out} has to be a folder that all machines share")
     data, val = (load(settings.data, settings.root, split) for split in (settings.split, "val"))
-    if not saved:                   # when a run goes on, what is broken is met on the way and loses nothing
+    if not saved:           # a resumed run skips this: a broken file would stop it later, and --resume goes on again
         look(settings.split, data, where)
     look("val", val, where)
     torch.manual_seed(settings.seed)
@@ -119,11 +119,8 @@ def train(args: argparse.Namespace, where: Where) -> None:
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
-    step = start = saved["step"] if saved else 0
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
-    if mean(torch.tensor([float(start)], device=device), world).item() != start:
-        sys.exit(f"{out} has to be a folder that all machines share")
     if settings.compile:
         model.backbone.compile()    # not the rest: the data decides the shapes within RCB and RIB
     net = model                     # `net` is trained; `model`, the same without DDP, evaluated and saved
@@ -144,7 +141,7 @@ def train(args: argparse.Namespace, where: Where) -> None:
     bar = tqdm(total=settings.steps, initial=start, disable=rank > 0, **BAR)
     try:
         for step, batch in enumerate(batches, start):
-            image, label, mask = (x.to(device, non_blocking=True) for x in batch)   # [b, 3, h, w], [b, h, w]
+            image, label, mask = (x.to(device, non_blocking=True) for x in batch)   # [b, 3, h, w], 2 x [b, h, w]
             torch.manual_seed(seed_of(settings.seed, step, settings.batch + rank))  # of the dropout
             for group in optimizer.param_groups:
                 group["lr"] = lr = settings.lr * (1 - step / settings.steps)        # falls to 0 linearly
@@ -174,14 +171,13 @@ def train(args: argparse.Namespace, where: Where) -> None:
             if rank == 0 and (done % save_every == 0 or done == settings.steps):
                 save(last, {
                     "step": done, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "args": {key: getattr(settings, key) for key in SETTINGS},
-                    "classes": list(classes), "palette": [list(colour) for colour in data.palette]})
+                    "args": vars(settings), "classes": list(classes), "palette": list(map(list, data.palette))})
     except (KeyboardInterrupt, ValueError, OSError, torch.cuda.OutOfMemoryError,
             torch._dynamo.exc.TorchDynamoException) as error:       # the last: no compiler
         kept = f"{last} is whole, and --resume goes on from it" if last.exists() else "there is no checkpoint yet"
-        if type(error) is ValueError:           # what is not finite will be so again
-            kept = "start anew with a lower --lr"
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
+        if any(x in reason for x in ("nan", "inf", "finite")):      # it would be so again
+            kept = "start anew with a lower --lr"
         sys.exit(f"training stopped at step {step}: {reason}; {kept}")
     finally:
         bar.close()
@@ -200,7 +196,7 @@ def train(args: argparse.Namespace, where: Where) -> None:
 # --- The command line ------------------------------------------------------------------------------------
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """What was given goes before what the checkpoint of --resume knows, and this before the data set's recipe."""
+    """The settings are those given, else those of the checkpoint of --resume, else the data set's recipe."""
     parser = flags("train.py")
     whole, natural, positive, add = number(int, 1), number(int, 0, 2 ** 18), number(float, 1e-30), parser.add_argument
     add("--out", type=Path, help="folder of results (runs/DATA-CONTEXT)")
@@ -212,14 +208,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--channels", type=whole, help="M (512; small: 64)")
     add("--k", type=whole, help="representatives a region (8)")
     add("--weights", help="of the backbone: imagenet, none, or a file (imagenet; none for small)")
-    add("--steps", type=whole, help="updates in all (by data set, as all that follows)")
-    add("--batch", type=whole, help="images a step, over all processes together")
-    add("--scale", type=positive, nargs=2, metavar=("LOW", "HIGH"), help="range of the random resizing")
-    add("--lr", type=positive, help="learning rate at the first step; falls to 0 linearly")
-    add("--seed", type=natural, help="of weights, data order, augmentation and dropout")
+    add("--steps", type=whole, help="updates in all (by data set)")
+    add("--batch", type=whole, help="images a step, over all processes together (8)")
+    add("--scale", type=positive, nargs=2, metavar=("LOW", "HIGH"), help="range of the random resizing (by data set)")
+    add("--lr", type=positive, help="learning rate at the first step; falls to 0 linearly (by data set)")
+    add("--seed", type=natural, help="of weights, data order, augmentation and dropout (0)")
     add("--compile", action="store_true", default=None, help="torch.compile the backbone; RCB and RIB stay as they are")
     args = parser.parse_args(argv)
-    given = {key: value for key, value in vars(args).items() if key in SETTINGS and value is not None}
+    given = {key: value for key, value in vars(args).items() if key in PAPER and value is not None}
     args.out = args.out or Path(f"runs/{given.get('data', 'ribbons')}-{given.get('context', 'ranet')}")
     last = args.out / "last.pt"
     args.saved = read(last) if last.exists() else None

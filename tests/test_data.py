@@ -43,9 +43,9 @@ def folder(tmp_path):
 
 
 def test_data_folder(folder, capsys):
-    write(folder, {"train/images/notes.gif": ""})
+    write(folder, {"train/images/notes.gif": "", "train/images/._a.jpg": ""})
     train = data.load("folder", folder)
-    assert "1 files left out, notes.gif is the first" in capsys.readouterr().err
+    assert "2 files left out, ._a.jpg is the first" in capsys.readouterr().err
     image, label = train[0]
     assert (len(train), train.classes, len(set(train.palette))) == (2, ["road", "sky", "tree"], 3)
     assert image.dtype == label.dtype == torch.uint8 and image.shape == (3, 6, 8)
@@ -94,8 +94,6 @@ def test_data_cityscapes(tmp_path, deep):
     expected = [[classes.get(i, 255) for i in row] for row in ids.tolist()]
     assert train[0][1].tolist() == coarse[3][1].tolist() == expected
     assert data.cityscapes_label_ids(torch.arange(19)).tolist() == list(classes)
-    for value in (-1, 19, 255):
-        pytest.raises(data.DataError, data.cityscapes_label_ids, torch.tensor([[0, value]])).match("0..18")
 
 
 @pytest.mark.parametrize("form, lists, label", [        # none, aeroplane, bag, unknown, wood, table

@@ -279,7 +279,7 @@ def test_train_takes_backbone_weights_from_a_file_and_says_when_they_cannot_be_h
     torch.save({"a": torch.ones(1)}, "other.pth")
     Path("text.pth").write_text("no weights")
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", partial(ends, OSError("no connection")))
-    for weights, said in (("other.pth", "other.pth has no conv1.weight"), ("text.pth", "cannot be had"),
+    for weights, said in (("other.pth", "other.pth has no conv1.weight"), ("text.pth", "cannot be made"),
                           ("imagenet", "no connection"), ("imagenet", "--weights none")):
         assert said in fails("--backbone", "resnet18", "--weights", weights)
 
@@ -382,7 +382,7 @@ def test_train_checkpoints_that_do_not_fit():
             ({**checkpoint, "classes": ["a"]}, "class 0 is 'a' in x.pt and 'wall' in the data (1 and 7 classes)"),
             ({**checkpoint, "args": {**checkpoint["args"], "context": "spp"}}, "another model"),
             ({**checkpoint, "args": {**checkpoint["args"], "data": "shapes"}}, "another version: --data shapes"),
-            (checkpoint["model"], "x.pt")):
+            (checkpoint["model"], "no checkpoint"), ({**checkpoint, "args": None}, "no checkpoint")):
         torch.save(changed, "x.pt")
         assert said in fails("evaluate", "x.pt")
     Path("half.pt").write_bytes(before[:len(before) // 2])
@@ -431,7 +431,7 @@ def test_train_looks_at_the_labels_first(photos, capsys):
         assert "set/val/labels/1.png is no readable picture" in fails(*flags)
     Path("set/val/labels").rename("set/val/label")
     run(*photos, "--resume")
-    assert "val has no labels, so there will be no score" in capsys.readouterr().out
+    assert "val: no pixel of 2 of 2 classes (sky, road), so there will be no score" in capsys.readouterr().out
     assert "val has no labels" in fails("evaluate", "out/last.pt", "--workers", "0")
     for i in (0, 1):
         Image.new("L", (24, 20), 255).save(f"set/train/labels/{i}.png")
