@@ -13,8 +13,7 @@ import json
 import math
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,121 +28,9 @@ from torchvision.utils import draw_keypoints, draw_segmentation_masks, make_grid
 from tqdm import tqdm
 
 import ranet
-from data import (
-    PICTURES, SETS, DataError, Ribbons, cityscapes_label_ids, colorize, distinct_colours, load, normalize, read_image)
-from models import one_line, read, restore
-
-BAR = {"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 30}      # seconds; the latter in a file
-
-
-# --- Processes, flags and files, shared with train.py ----------------------------------------------------
-
-class Where(NamedTuple):
-    """This process, how many there are, its device, and how many processes load its data."""
-    rank: int
-    world: int
-    device: torch.device
-    workers: int
-
-
-def number(kind: type, least: float, below: float = math.inf) -> Callable[[str], float]:
-    def convert(text: str):
-        if not least <= kind(text) < below:
-            raise ValueError
-        return kind(text)
-    limit = f" and below {below}" if below < math.inf else ""
-    convert.__name__ = f"{kind.__name__} from {least}{limit}"   # argparse shows it
-    return convert
-
-
-def flags(program: str) -> argparse.ArgumentParser:
-    """A parser whose mistakes take one line, with the flags of both programs."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Defaults in brackets.")
-    parser.error = lambda message: sys.exit(f"{program}: {message}")
-    add = parser.add_argument
-    add("--gpus", type=number(int, 0), help="one process for each of so many GPUs of this machine (one process)")
-    add("--workers", type=number(int, 0), default=2, help="processes that load data, for each GPU (2)")
-    add("--amp", action="store_true", default=None, help="bfloat16 where it is safe")
-    add("--data", choices=SETS, help="data set (ribbons, which is generated; evaluate.py: the checkpoint's)")
-    add("--root", help="folder of the data set")
-    add("--crop", type=number(int, 1), help="side of the training crop, and of the windows of evaluation")
-    return parser
-
-
-def launch(parse: Callable, run: Callable, file: str, argv: list[str]) -> None:
-    """Calls run(parse(argv), where) in this process, in every process of torchrun, or in --gpus new ones. A mistake in
-    flags or files ends it with one line, printed once."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")   # a class name that cannot be shown ends nothing
-    store, rank, world, local = None, 0, 1, 0
-    if "RANK" in os.environ:            # torchrun has started this process
-        lost = [x for x in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if x not in os.environ]
-        if lost:
-            sys.exit(f"RANK is set and {', '.join(lost)} not: start with torchrun, or unset RANK")
-        store, rank, world = next(dist.rendezvous("env://"))
-        local = int(os.environ["LOCAL_RANK"])
-    try:
-        args, count = parse(argv), torch.cuda.device_count()
-        if args.gpus and store:
-            sys.exit("--gpus starts its own processes: leave it out under torchrun")
-        if args.gpus and args.gpus > count:
-            sys.exit(f"--gpus {args.gpus}: this machine shows {count} GPUs")
-        if args.gpus:                   # torchrun, spelled shorter; of two --gpus the last holds
-            os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                      f"--nproc-per-node={args.gpus}", file, *argv, "--gpus", "0"])
-        if 0 < count <= local:
-            sys.exit(f"process {local} of this machine has no GPU: it shows {count}")
-        device = torch.device(*("cuda", local) if count else ("cpu",))
-        if count:
-            torch.cuda.set_device(device)
-        if world > 1:
-            dist.init_process_group("nccl" if count else "gloo", None, None, world, rank, store)
-        run(args, Where(rank, world, device, args.workers))
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-    except (SystemExit, ValueError, OSError, RuntimeError) as error:    # a mistake in flags or data, not in the code
-        if isinstance(error, SystemExit) and not isinstance(error.code, str):
-            raise                       # --help
-        if store and store.add("failed", 1) > 1:
-            sys.exit(1)                 # another process has said it
-        if not isinstance(error, RuntimeError):
-            sys.exit(str(error))
-        if "DataLoader worker" in str(error) or "memory" in str(error):
-            sys.exit(one_line(error))
-        raise
-    if world > 1:
-        dist.destroy_process_group()
-
-
-def writable(out: Path) -> None:
-    """Makes the folder; if it cannot be written to, this fails before the work."""
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()
-
-
-def label_pixels(pair: tuple[Tensor, Tensor]) -> Tensor:
-    return pair[1].flatten().bincount(minlength=256)            # [256]
-
-
-def look(split: str, data, where: Where) -> None:
-    """Reads every picture and label of a data set in files once, each in one of the processes: what is wrong or missing
-    is named before the work."""
-    if isinstance(data, Ribbons):
-        return
-    mine = Subset(data, range(where.rank, len(data), where.world))
-    loader = DataLoader(mine, batch_size=None, num_workers=where.workers, collate_fn=label_pixels)
-    bar = tqdm(loader, f"looking at the labels of {split}", disable=where.rank > 0, **BAR)
-    pixels = sum(bar, torch.zeros(256, dtype=torch.int64)).to(where.device)
-    if where.world > 1:
-        dist.all_reduce(pixels)
-    missing = [name for name, count in zip(data.classes, pixels) if not count]
-    nothing = len(missing) == len(data.classes)
-    if nothing and split.startswith("train"):
-        sys.exit(f"{split}: nothing is labelled in its {len(data)} images")
-    if missing and where.rank == 0:
-        print(f"{split}: no pixel of {len(missing)} of {len(data.classes)} classes ({', '.join(missing[:5])})"
-              f"{', so there will be no score' * nothing}", flush=True)
-
+from data import PICTURES, DataError, cityscapes_label_ids, colorize, distinct_colours, load, normalize, read_image
+from launch import BAR, Where, flags, launch, look, number, one_line, writable
+from models import read, restore
 
 # --- Scores ----------------------------------------------------------------------------------------------
 

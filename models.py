@@ -19,6 +19,7 @@ from torchvision.ops import Conv2dNormActivation
 
 import ranet
 from data import SETS
+from launch import one_line
 
 # --- Backbones -------------------------------------------------------------------------------------------
 
@@ -199,11 +200,3 @@ def restore(checkpoint: dict, path: str | Path, classes: Sequence[str]) -> ranet
     except RuntimeError:
         sys.exit(f"{path} holds the weights of another model, or of an earlier version")
     return model
-
-
-def one_line(error: BaseException) -> str:
-    if "DataLoader worker" in str(error) and "Traceback" in str(error):     # a worker's, whose last line says it
-        return str(error).strip().splitlines()[-1].partition(": ")[2]
-    if "shared memory" in str(error):
-        return "this machine has too little shared memory for workers: raise it, or use --workers 0"
-    return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 import ranet
 from data import TrainingSet, load
-from evaluate import BAR, How, Where, draw_overview, evaluate, flags, launch, look, number, report, writable
-from models import CONTEXTS, PEERS, build, one_line, read, restore
+from evaluate import How, draw_overview, evaluate, report
+from launch import BAR, Where, flags, launch, look, number, one_line, writable
+from models import CONTEXTS, PEERS, build, read, restore
 
 # The settings of a run, which its checkpoint keeps: the paper's values for its data sets, or the field's (R12).
 PAPER = {"root": None, "split": "train", "backbone": "resnet101", "weights": None, "strides": None, "channels": None,

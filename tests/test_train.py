@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""train.py, evaluate.py and models.py: resuming, processes, models, evaluation, and what they say about mistakes."""
+"""The two commands and what they share: resuming, processes, models, evaluation, and what is said of mistakes."""
 import itertools
 import json
 import math
@@ -18,6 +18,7 @@ from torch import nn
 
 import data
 import evaluate
+import launch
 import models
 import ranet
 import train
@@ -202,7 +203,7 @@ def test_train_mistakes_are_said_once_and_without_a_traceback():
 
 def test_train_order_is_one_permutation_an_epoch():
     def order(step, rank, world):
-        settings, where = Namespace(batch=4, steps=12, seed=3), evaluate.Where(rank, world, None, 0)
+        settings, where = Namespace(batch=4, steps=12, seed=3), launch.Where(rank, world, None, 0)
         return list(train.order(10, settings, step, where))
     whole = order(0, 0, 1)
     indices = [i for batch in whole for i, _ in batch]
@@ -299,7 +300,7 @@ class Four(list):
     classes = "dark", "red", "absent", "unseen"
 
 
-HERE = evaluate.Where(0, 1, torch.device("cpu"), 0)
+HERE = launch.Where(0, 1, torch.device("cpu"), 0)
 
 
 def test_train_evaluation_by_hand():
