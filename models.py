@@ -130,26 +130,11 @@ class NonLocal(nn.Module):
         return self.out(O.mT.unflatten(2, A.shape[2:])), None   # [b, M, H, W]
 
 
-class OwnWeights(nn.Module):
-    """RANet with weights around eqs. 6-8, which the paper does not have: RIB works on A after a 1 x 1 convolution and a
-    normalisation, times M^(-1/4), and O goes through another 1 x 1 convolution (R15)."""
-
-    def __init__(self, channels: int, k: int):
-        super().__init__()
-        self.embed = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
-        self.regions = ranet.RegionContext(rib=ranet.RIB(k))
-        self.out = nn.Conv2d(channels, channels, 1, bias=False)
-
-    def forward(self, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ranet.Regions]:
-        O, regions = self.regions(self.embed(A) * A.shape[1] ** -0.25, B, C)
-        return self.out(O), regions                             # [b, M, H, W]
-
-
 PEERS = {"none": lambda M: NoContext(), "spp": PyramidPooling, "nonlocal": NonLocal}
 RANETS = {"ranet": ({}, {}), "boundary": ({"cues": "boundary"}, {}), "semantic": ({"cues": "semantic"}, {}),
           "no-intra": ({}, {"intra": False}), "no-inter": ({}, {"inter": False}), "printed": ({}, {"mean": False}),
           "no-joint": ({"joint": False}, {})}
-CONTEXTS = *RANETS, "own", *PEERS                               # (R10, R8, R4, R15)
+CONTEXTS = *RANETS, *PEERS                                      # (R10, R8, R4)
 
 
 def make_context(name: str, M: int, k: int) -> nn.Module:
@@ -157,8 +142,6 @@ def make_context(name: str, M: int, k: int) -> nn.Module:
         sys.exit(f"--channels {M}: --context spp needs a multiple of 4")
     if name in PEERS:
         return PEERS[name](M)
-    if name == "own":
-        return OwnWeights(M, k)
     rcb, rib = RANETS[name]
     return ranet.RegionContext(ranet.RCB(**rcb), ranet.RIB(k, **rib))
 
