@@ -88,11 +88,11 @@ def launch(parse: Callable, run: Callable, file: str, argv: list[str]) -> None:
             raise                       # --help
         if store and store.add("failed", 1) > 1:
             sys.exit(1)                 # another process has said it
-        if not isinstance(error, RuntimeError):
-            sys.exit(str(error))
-        if "DataLoader worker" in str(error) or "memory" in str(error):
+        if "DataLoader worker" in str(error) or isinstance(error, RuntimeError) and "memory" in str(error):
             sys.exit(one_line(error))
-        raise
+        if isinstance(error, RuntimeError):
+            raise
+        sys.exit(str(error))
     if world > 1:
         dist.destroy_process_group()
 
