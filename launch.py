@@ -88,7 +88,7 @@ def launch(parse: Callable, run: Callable, file: str, argv: list[str]) -> None:
             raise                       # --help
         if store and store.add("failed", 1) > 1:
             sys.exit(1)                 # another process has said it
-        if "DataLoader worker" in str(error) or isinstance(error, RuntimeError) and "memory" in str(error):
+        if any(x in str(error) for x in ("DataLoader worker", "out of memory", "allocate memory")):
             sys.exit(one_line(error))
         if isinstance(error, RuntimeError):
             raise

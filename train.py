@@ -177,7 +177,7 @@ def train(args: argparse.Namespace, where: Where) -> None:
             torch._dynamo.exc.TorchDynamoException) as error:       # the last: no compiler
         kept = f"{last} is whole, and --resume goes on from it" if last.exists() else "there is no checkpoint yet"
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
-        if any(x in reason for x in ("nan", "inf", "finite")):      # it would be so again
+        if type(error) is ValueError and any(x in reason for x in ("nan", "inf", "finite")):    # it would be so again
             kept = "start anew with a lower --lr"
         sys.exit(f"training stopped at step {step}: {reason}; {kept}")
     finally:

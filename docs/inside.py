@@ -7,16 +7,14 @@ Of the first images of val, by means over images. Effective numbers are exponent
 weights, 1 where one weight is all.
 """
 import argparse
-import sys
-from pathlib import Path
 
 import torch
+from pictures import heads
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-sys.path[:0] = [str(Path(__file__).parent.parent)]
-import ranet
-from data import load, normalize
+import ranet  # pictures.py has put its folder on the path
+from data import load
 from models import read, restore
 
 
@@ -32,9 +30,8 @@ def spread(places: Tensor, n: int) -> float:
 
 @torch.inference_mode()
 def look(model: ranet.RANet, image: Tensor) -> Tensor:
-    """[7]: the columns of the table for an image [1, 3, h, w]."""
-    A = model.reduce(model.backbone(image))                     # [1, M, H, W]
-    B, C = model.boundary(A)[:, 0].sigmoid(), model.semantic(A).softmax(1)
+    """[7]: the columns of the table for an image uint8 [3, h, w]."""
+    A, B, C = (x[None] for x in heads(model, image))            # [1, M, H, W], [1, H, W], [1, N, H, W]
     O, (labels, J) = model.context(A, B, C)
     M, (H, W), block = A.shape[1], labels.shape[1:], model.context.rib
     # What the fusion adds up for A and for O, without the mean that its BatchNorm takes off.
@@ -69,7 +66,7 @@ def main() -> None:
         checkpoint = read(path)
         settings, model = checkpoint["args"], restore(checkpoint, path, checkpoint["classes"]).eval()
         data = load(settings["data"], settings["root"], "val")
-        rows = [look(model, normalize(data[i][0])[None]) for i in range(min(args.images, len(data)))]
+        rows = [look(model, data[i][0]) for i in range(min(args.images, len(data)))]
         print(f"| {path} | " + " | ".join(f"{x:.2f}" for x in torch.stack(rows).nanmean(0)) + " |")
 
 

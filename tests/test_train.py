@@ -157,6 +157,7 @@ def test_train_a_full_disk_keeps_the_checkpoint(monkeypatch):
     (partial(ends, RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
                                 "dataloader's workers are out of shared memory.")),
      "too little shared memory for workers: raise it"),
+    (partial(ends, data.DataError("banana.png is no readable picture")), "picture; out/last.pt is whole, and --resume"),
     (partial(ends, RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore")), "can't allocate memory"),
     (lambda _loss: ends(torch._dynamo.exc.TorchDynamoException("No working C++ compiler\nmore")),       # --compile
      "step 1: No working C++ compiler; out/last.pt is whole")])
