@@ -7,24 +7,24 @@
 Every block takes A [1, M, H, W] to O [1, M, H, W] where RCB and RIB stand. In no row are the 3x3 convolutions around it
 and the 1x1 ones that make B and C.
 
-A ratio of times is taken within a round, in which every block has its turn. Memory on the CPU is the resident set of a
-fresh process for each number (Linux only). The machine must be idle: RCB makes thousands of small calls.
+A ratio of times is taken within a round, in which every block has its turn. The machine must be idle: RCB makes
+thousands of small calls.
 """
 import argparse
+import itertools
 import os
-import re
-import resource
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")                # the profiler is silent about what it cannot find
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -86,69 +86,40 @@ def make(name: str, n: int, M: int, N: int, device: str) -> tuple[nn.Module, lis
     return BLOCKS[name][1](M).to(device), [x.to(device).requires_grad_() for x in inputs], dO.to(device)
 
 
-def step(name: str, n: int, M: int, N: int, device: str, backward: bool) -> Callable[[], None]:
-    """A forward pass, with the backward pass if `backward`, ready to be called and measured."""
+def step(name: str, n: int, M: int, N: int, device: str) -> Callable[[], None]:
+    """A forward and backward pass, ready to be called and measured."""
     block, inputs, dO = make(name, n, M, N, device)
 
     def call() -> None:
-        with torch.set_grad_enabled(backward):
-            O = block(*inputs)                                  # [1, M, H, W]
-            if backward:
-                O.backward(dO)
+        block(*inputs).backward(dO)
         if device == "cuda":
             torch.cuda.synchronize()
     return call
 
 
-def times(cases: list[tuple], rounds: int, device: str) -> dict[tuple, list[list[float]]]:
-    """Seconds of each (name, n, M, N), [forward, forward + backward], a list over the rounds each."""
-    for name, n, M, N in cases:                                 # the first call of everything is slow
-        step(name, n if device == "cuda" else 9, M, N, device, True)()
-    seconds = {case: [[], []] for case in cases}
-    for _ in range(rounds):
-        for case in cases:
-            for backward in (False, True):
-                call = step(*case, device, backward)
-                start = time.perf_counter()
-                call()
-                seconds[case][backward].append(time.perf_counter() - start)
+def times(names: Iterable[str], n: int, M: int, N: int, rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each block, a list over the rounds."""
+    for name in names:                                          # the first call of everything is slow
+        step(name, n if device == "cuda" else 9, M, N, device)()
+    seconds = {name: [] for name in names}
+    for _, name in itertools.product(range(rounds), names):
+        call, start = step(name, n, M, N, device), time.perf_counter()
+        call()
+        seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def peak(name: str, n: int, M: int, N: int, device: str, backward: bool) -> str:
-    """MiB beyond module and inputs, "-" if unknown. On the CPU in a process that gives blocks of 1 MiB back at once."""
+def peak(call: Callable[[], None], device: str) -> float:
+    """The most MiB that a call holds at once, beyond what was there before."""
     if device == "cuda":
-        try:
-            step(name, 9, M, N, device, backward)()             # the libraries' own work space
-            call = step(name, n, M, N, device, backward)
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-        except torch.cuda.OutOfMemoryError:
-            return "-"
-        return f"{(torch.cuda.max_memory_allocated() - before) / 2 ** 20:,.0f}"
-    if sys.platform != "linux":
-        return "-"
-    settings = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
-    command = sys.executable, __file__, "--child", name, *map(str, (n, M, N, int(backward)))
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
-    if done.returncode and "memory" not in done.stderr:
-        raise RuntimeError(done.stderr)
-    return "-" if done.returncode else f"{int(done.stdout) / 2 ** 20:,.0f}"
-
-
-def child(name: str, n: int, M: int, N: int, backward: bool) -> None:
-    """Prints the bytes of `peak`. Running out of memory must end this process and no other."""
-    def in_proc(file: str, key: str) -> int:
-        return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc", file).read_text())[1])
-
-    step(name, 9, 16, N, "cpu", backward)()                     # torch's own work space and threads
-    resource.setrlimit(resource.RLIMIT_DATA, (in_proc("meminfo", "MemAvailable"), resource.RLIM_INFINITY))
-    call = step(name, n, M, N, "cpu", backward)
-    Path("/proc/self/clear_refs").write_text("5")               # what was the peak so far counts no more
-    before = in_proc("self/status", "VmRSS")
-    call()
-    print(in_proc("self/status", "VmHWM") - before)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))) / 2 ** 20
 
 
 def operations(n: int, N: int, k: int = 3) -> int:
@@ -185,21 +156,19 @@ def table(head: str, rows: list[list]) -> str:
 
 
 def compare(n: int, M: int, N: int, rounds: int, device: str) -> None:
-    memory = {name: [peak(name, n, M, N, device, backward) for backward in (False, True)] for name in BLOCKS}
-    seconds = times([(name, n, M, N) for name in BLOCKS], rounds, device)
-    unit, rows = seconds["plain", n, M, N], []
-    for case, own in seconds.items():
-        parameters, flops, regions = count(*case, device)
-        ratios = [f"{statistics.median(a / b for a, b in zip(*pair)):.2f}" for pair in zip(own, unit)]
-        rows.append([BLOCKS[case[0]][0], f"{parameters:,}", f"{flops / 1e9:.1f}", *ratios, *memory[case[0]], regions])
-    head = "block | parameters | GFLOP | time, forward | and backward | MiB, forward | and backward | regions, P"
-    print(table(head, rows))
-    forward, both = (statistics.median(x) for x in unit)
+    seconds, rows = times(BLOCKS, n, M, N, rounds, device), []
+    for name, own in seconds.items():
+        parameters, flops, regions = count(name, n, M, N, device)
+        ratio = statistics.median(a / b for a, b in zip(own, seconds["plain"]))
+        memory = peak(step(name, n, M, N, device), device)
+        numbers = f"{parameters:,}", f"{flops / 1e9:.1f}", f"{ratio:.2f}", f"{memory:,.0f}", regions
+        rows.append([BLOCKS[name][0], *numbers])
+    print(table("block | parameters | GFLOP | time | MiB | regions, P", rows))
     print(f"""
 A is [{M} x {n} x {n}], with {N} classes. GFLOP: a forward pass, products of matrices and convolutions, a multiply-add
-being 2; for RANet also eqs. 1-5, counted by hand; no softmax, pooling or upsampling. Time: the median of the rounds
-({rounds}), 1 being {forward:.3g} s forward and {both:.3g} s with backward. MiB: the peak beyond module and inputs, the
-output included, and with backward the gradients too. In no row: RANet's two 1x1 heads for B and C
+being 2; for RANet also eqs. 1-5, counted by hand; no softmax, pooling or upsampling. Time, forward and backward: the
+median of the rounds ({rounds}), 1 being {statistics.median(seconds["plain"]):.3g} s. MiB: the most that both hold at
+once beyond module and inputs. In no row: RANet's two 1x1 heads for B and C
 ({2 * M * (N + 1) * n * n / 1e9:.2f} GFLOP, {(M + 1) * (N + 1):,} parameters).""")
 
 
@@ -241,10 +210,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--calls", action="store_true", help="count them, as on a GPU")
-    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        return child(args.child[0], *map(int, args.child[1:4]), args.child[4] == "1")
     chip = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {chip}\n")
     if args.calls:

@@ -65,11 +65,21 @@ def broken_math(text):
     return broken
 
 
+def broken_tables(text):
+    """Tables without a head, as one that a blank line cuts in two, and rows with too many or too few cells."""
+    bare, broken = FENCE.sub("", FORMULA.sub("x", re.sub(r"`[^`\n]*`", "x", text))), []
+    for rows in (table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", bare, re.MULTILINE)):
+        broken += [rows[0]] * (not re.fullmatch(r"[|: -]+-[|: -]+", "".join(rows[1:2])))
+        broken += [row for row in rows if row.count("|") != rows[0].count("|")]
+    return broken
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_docs_page_runs_as_it_says_and_leads_somewhere(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = path.read_text()
     assert (run_python(text), broken_links(text, path.parent), broken_math(text)) == ("", [], [])
+    assert broken_tables(text) == []
     for name, star in re.findall(r"\b(test_\w+)\b(?!\.py)(\*?)", text):
         assert any(t == name or star and t.startswith(name) for t in TESTS), f"no test {name}{star}"
     for name in re.findall(r"`(_\w+)`", text):
@@ -103,3 +113,7 @@ def test_docs_checks_notice_mistakes():
         assert broken_links(page.replace("#a-title", link), here) == [link]
     for old, new in (("b}`$", "b`$"), ("`$", "`"), ("\\frac", "\\left( \\frac"), ("```\n\n$", "\n\n$"), ("$`a", "$$a")):
         assert broken_math(page.replace(old, new)), new
+    rows = ["| a | $`|b|`$ |", "|---|---|", "| `|` | 2 |", "| 3 | 4 |", ""]
+    assert broken_tables("\n".join(rows)) == []
+    for wrong in (rows[:3] + [""] + rows[3:], rows[:2] + ["| 1 |"], rows[:1]):
+        assert broken_tables("\n".join(wrong) + "\n"), wrong
