@@ -7,7 +7,6 @@ B and C are made from the labels of a `folder` data set (B 0.9 on class borders 
 sure of the label), so that the numbers speak of the equations and not of a trained network.
 """
 import argparse
-import itertools
 import sys
 from pathlib import Path
 
@@ -42,52 +41,48 @@ def without_end_points(B: Tensor) -> Tensor:
     return D
 
 
-def end_points_and_threshold(labels: list[Tensor], N: int) -> None:
-    rows = {}
+def end_points(labels: list[Tensor], N: int) -> None:
+    rows = {"with": [], "without": []}
     for label in labels:
         B, C = maps(label, N, SIZE)
         E = ranet.semantic_divergence(C)
         for name, D in (("with", ranet.boundary_probability(B)), ("without", without_end_points(B))):
-            Fg = ranet._smooth((1 - D) * (1 - E), ranet.RCB().kernel(), SIZE)
-            for threshold in (0.5, 0.65, 0.8):
-                count = ranet.connected_regions((Fg + Fg.T) / 2 > threshold).bincount()     # [Q]
-                rows.setdefault((name, threshold), []).append(((count > 20).sum(), (count == 1).sum(), len(count)))
-    print(f"\nR1, R3. Regions of {len(labels)} label maps at {SIZE[0]} x {SIZE[1]} (means), k = 3:\n\n| end points | "
-          "threshold | regions of more than 20 pixels | single pixels | Q | pixels a region |\n" + "|---" * 6 + "|")
-    for (name, threshold), found in rows.items():
+            Fg = ranet.regularize((1 - D) * (1 - E), ranet.RCB().kernel(), SIZE)
+            count = ranet.connected_regions(ranet.region_decision(Fg)).bincount()       # [Q]
+            rows[name].append(((count > 20).sum(), (count == 1).sum(), len(count)))
+    print(f"\nR1. Regions of {len(labels)} label maps at {SIZE[0]} x {SIZE[1]} (means):\n\n"
+          "| end points | regions of more than 20 pixels | single pixels | Q |\n|---|---|---|---|")
+    for name, found in rows.items():
         large, single, Q = torch.tensor(found).float().mean(0).tolist()
-        print(f"| {name} | {threshold} | {large:.1f} | {single:.0f} | {Q:.0f} | {SIZE[0] * SIZE[1] / Q:.1f} |")
+        print(f"| {name} | {large:.1f} | {single:.0f} | {Q:.0f} |")
 
 
 def thin_walls(n: int = 21) -> None:
-    print(f"\nR1, R3. The lowest wall, in steps of 0.02, that parts a {n} x {n} map (B = 0 elsewhere, classes "
-          "equal):\n\n| threshold | k | one pixel thick | two pixels thick |\n|---|---|---|---|")
-    for threshold, k in itertools.product((0.5, 0.65, 0.8), (1, 3)):
-        found = {}
-        for wall, step in itertools.product((1, 2), range(51)):
-            B = torch.zeros(1, n, n)
-            B[:, :, n // 2:n // 2 + wall] = step / 50
-            labels = ranet.RCB(k, threshold)(B, torch.full((1, 2, n, n), 0.5)).labels
-            if labels[0, 0, 0] != labels[0, 0, -1]:
-                found.setdefault(wall, f"{step / 50:.2f}")
-        print(f"| {threshold} | {k} | {found.get(1, 'never')} | {found.get(2, 'never')} |")
+    print(f"\nR3. The lowest wall, in steps of 0.02, that parts a {n} x {n} map (B = 0 elsewhere, classes equal):\n\n"
+          "| threshold | one pixel thick | two pixels thick |\n|---|---|---|")
+    for threshold in (0.5, 0.65, 0.8):
+        found = []
+        for wall in (1, 2):
+            B = torch.zeros(51, n, n)                           # an image for each height
+            B[:, :, n // 2:n // 2 + wall] = (torch.arange(51) / 50)[:, None, None]
+            labels = ranet.RCB(threshold=threshold)(B, torch.full((51, 2, n, n), 0.5)).labels
+            found.append((labels[:, 0, 0] != labels[:, 0, -1]).int().argmax().item() / 50)
+        print(f"| {threshold} | {found[0]:.2f} | {found[1]:.2f} |")
 
 
 def region_sizes(labels: list[Tensor], N: int, side: int = 97) -> None:
-    print(f"\nR4. Regions at {side} x {side}, k = 3, tau = 0.8 (means over {len(labels)} label maps, in brackets the "
-          "lowest and the highest of one map):\n\n| lone pixels | cues | Q | pixels a region | lone pixels, share of "
-          "all | regions of more than 20 pixels | P (K = 8) |\n" + "|---" * 7 + "|")
-    for join, cues in itertools.product((False, True), ("both", "boundary", "semantic")):
+    print(f"\nR4. Regions at {side} x {side} (means over {len(labels)} label maps, in brackets the lowest and highest)"
+          ":\n\n| lone pixels | cues | Q | pixels a region | lone pixels | P (K = 8) |\n" + "|---" * 6 + "|")
+    for join, cues in ((False, "both"), (True, "both"), (True, "boundary"), (True, "semantic")):
         rows = []
         for label in labels:
             B, C = maps(label, N, (side, side))
             count = ranet.RCB(cues=cues, join_lone=join)(B[None], C[None]).labels.flatten().bincount()      # [Q]
-            rows.append((len(count), side ** 2 / len(count), (count == 1).sum() / side ** 2, (count > 20).sum(),
-                         count.clamp_max(8).sum()))
+            rows.append((len(count), side ** 2 / len(count), (count == 1).sum() / side ** 2, count.clamp_max(8).sum()))
         rows = torch.tensor(rows)
-        (Q, size, lone, large, P), (low, high) = rows.mean(0).tolist(), rows[:, 1].aminmax()
+        (Q, size, lone, P), (low, high) = rows.mean(0).tolist(), rows[:, 1].aminmax()
         print(f"| {'join' if join else 'stay'} | {cues} | {Q:.1f} | {size:.0f} ({low:.0f}-{high:.0f}) | {lone:.1%} | "
-              f"{large:.1f} | {P:.0f} |", flush=True)
+              f"{P:.0f} |", flush=True)
 
 
 def boundary_target(labels: list[Tensor]) -> None:
@@ -114,7 +109,7 @@ def main() -> None:
              for split in (load("folder", args.root, name) for name in ("train", "val", "test")) for i in range(half)]
     region_sizes(every, N)
     thin_walls()
-    end_points_and_threshold(labels, N)
+    end_points(labels, N)
     boundary_target(labels)
 
 
