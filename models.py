@@ -133,8 +133,8 @@ class NonLocal(nn.Module):
 PEERS = {"none": lambda M: NoContext(), "spp": PyramidPooling, "nonlocal": NonLocal}
 RANETS = {"ranet": ({}, {}), "boundary": ({"cues": "boundary"}, {}), "semantic": ({"cues": "semantic"}, {}),
           "no-intra": ({}, {"intra": False}), "no-inter": ({}, {"inter": False}), "printed": ({}, {"mean": False}),
-          "no-joint": ({"joint": False}, {})}
-CONTEXTS = *RANETS, *PEERS                                      # (R10, R8, R4)
+          "joint": ({"joint": True}, {})}
+CONTEXTS = *RANETS, *PEERS                                      # (R10, R8, R16)
 
 
 def make_context(name: str, M: int, k: int) -> nn.Module:

@@ -51,6 +51,7 @@ How the paper is read where it is silent or contradicts itself (docs/differences
     R14  O is batch-normalised before it meets A, so that raising B is no way to shrink it; the weight of that
          normalisation starts at 0.25, since regions mean nothing in the first steps
     R15  A is a 3 x 3 convolution of the features; the segmentation sees [A, O]; RIB has no parameters
+    R16  J's gradient goes to W^g and ends there: B and C learn from their own losses, from which it would draw them off
 
 Wrong input raises a ValueError of one line: the argument, what was expected, what came. Ranges, sums and NaN are
 checked on the CPU only: elsewhere a check would wait for the device. The modules compute in float32 at least, the
@@ -414,12 +415,12 @@ class RCB(nn.Module):
         start its centre weighs 0.87 (k = 3). With k = 1 there is no parameter and F^g = F.
     threshold: tau of eq. 4.
     cues: "both", or "boundary" (F = 1 - D) or "semantic" (F = 1 - E), as in Table 1 (R10).
-    joint: False stops the gradient of J at B and C; W^g still receives it.
+    joint: True lets the gradient of J pass to B and C (R16).
     join_lone: False leaves the bare components of G (R4).
-    Gradient: J's to B, C and W^g (first derivatives only); labels carry none.
+    Gradient: J's to W^g, and to B and C if joint (first derivatives only); labels carry none.
     """
 
-    def __init__(self, kernel_size: int = 3, threshold: float = 0.8, cues: str = "both", joint: bool = True,
+    def __init__(self, kernel_size: int = 3, threshold: float = 0.8, cues: str = "both", joint: bool = False,
                  join_lone: bool = True):
         super().__init__()
         _check_settings(kernel_size=kernel_size, threshold=threshold, cues=cues)
@@ -585,7 +586,7 @@ def ranet_loss(output: Output, label: Tensor, mask: Tensor, weights: tuple[float
     weights: of the fine, coarse and boundary loss in the total.
     counts: what to divide by, see `label_counts`; None: this batch's. With n processes that average their
         gradients, the sum of their counts, divided by n.
-    Gradient: to the output's logits; to B and C also through O (R4).
+    Gradient: to the output's logits.
     """
     N = output.fine.shape[1]
     _expect(_is_tensor(label, 3, torch.int64) and label.shape == output.fine[:, 0].shape,

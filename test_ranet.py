@@ -559,7 +559,7 @@ def test_rcb_batches_images_with_different_numbers_of_regions():
 def test_module_on_long_maps_with_small_regions(size):
     B, C, _ = random_map(*size, seed=sum(size), dtype=torch.float32)
     B, C = B[None].requires_grad_(), C[None].requires_grad_()
-    ranet.RCB()(B, C).J.sum().backward()
+    ranet.RCB(joint=True)(B, C).J.sum().backward()
     assert B.grad.isfinite().all() and C.grad.isfinite().all() and C.grad.any()
 
 
@@ -568,7 +568,7 @@ def test_module_on_long_maps_with_small_regions(size):
 def test_module_any_of_its_inputs_may_be_frozen(cues, kernel_size):
     B, C, _ = random_map(5, 6, high=0.3)
     for wants in range(8):
-        rcb = ranet.RCB(kernel_size, 0.5, cues).double().requires_grad_(bool(wants & 4))
+        rcb = ranet.RCB(kernel_size, 0.5, cues, joint=True).double().requires_grad_(bool(wants & 4))
         b, c = (x[None].detach().clone().requires_grad_(bool(wants & bit)) for x, bit in ((B, 1), (C, 2)))
         J = rcb(b, c).J
         assert J.requires_grad == any(x.requires_grad for x in (b, c, *rcb.parameters()))
@@ -595,7 +595,7 @@ def test_rcb_sharp_probabilities_keep_gradients_finite():
     B, A = noise(1, 5, 6).float().requires_grad_(), torch.ones(1, 3, 5, 6, requires_grad=True)
     for logits in (sharp, torch.zeros_like(sharp)):
         logits.requires_grad_()
-        ranet.RIB()(A, ranet.RCB()(B, logits.softmax(1))).square().sum().backward()
+        ranet.RIB()(A, ranet.RCB(joint=True)(B, logits.softmax(1))).square().sum().backward()
         assert all(x.grad.isfinite().all() for x in (logits, B, A))
 
 
@@ -606,7 +606,7 @@ def test_rcb_gradients_are_the_same_every_time_on_several_threads():
     try:
         seen = set()
         for _ in range(12):
-            rcb = ranet.RCB()
+            rcb = ranet.RCB(joint=True)
             gradients = torch.autograd.grad(rcb(B, C).J.square().sum(), (B, rcb.logits))
             seen.add(b"".join(x.numpy().tobytes() for x in gradients))
     finally:
@@ -648,7 +648,7 @@ class Doubled(torch.nn.Module):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("rcb, rib", [
-    ({}, {}), ({"cues": "boundary"}, {}), ({"cues": "semantic"}, {}), ({"joint": False}, {}), ({}, {"intra": False}),
+    ({}, {}), ({"cues": "boundary"}, {}), ({"cues": "semantic"}, {}), ({"joint": True}, {}), ({}, {"intra": False}),
     ({}, {"inter": False}), ({"kernel_size": 1}, {}), ({"kernel_size": 5, "join_lone": False}, {"representatives": 1})],
     ids=str)
 def test_net_every_parameter_learns(rcb, rib, autocast):
@@ -682,6 +682,7 @@ def test_context_is_given_A_B_and_C_and_meets_A_normalised():
     close(met, torch.cat((A, 0.25 * torch.nn.functional.batch_norm(O, None, None, training=True)), 1))
     default = small_net()
     assert type(default.context) is ranet.RegionContext and default.context.rib.representatives == 8
+    assert not default.context.rcb.joint
 
 
 def test_context_of_regions_is_rcb_and_rib():
