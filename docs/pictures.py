@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Draws the equations at work: every tile is what a function of ranet.py returns for a trained network.
 
-    python docs/pictures.py runs/ribbons-ranet/last.pt 9         # attention.png (eqs. 1-4), weights.png (eqs. 6-8)
+    python docs/pictures.py runs/ribbons-ranet/last.pt 7         # attention.png (eqs. 1-4), weights.png (eqs. 6-8)
     python docs/pictures.py last.pt street.jpg --out elsewhere  # of its middle square of the training crop
     python docs/pictures.py growth [PICTURE ...] [FLAGS]        # regions.png: trains as train.py does with the flags
     python docs/pictures.py drawings                            # line.png (eq. 1), curve.png (eq. 2)
