@@ -67,7 +67,8 @@ functions in the type that they are given.
 Not here: backbones, data sets, boundary masks, the training loop, trained weights, kernels in CUDA or Triton.
 """
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -177,16 +178,16 @@ def regularize(F: Tensor, Wg: Tensor, size: tuple[int, int]) -> Tensor:
     _expect(len(Wg) % 2 == 1, "Wg", "an odd k", Wg)
     ok = isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
     _expect(ok and size[0] * size[1] == len(F), "size", f"(H, W) with HW = {len(F)}", str(size))
-    return _smooth(F, Wg, size)
+    shifted = _shifted(F, len(Wg), size)
+    return sum(w * x for w, x in zip(Wg.flatten(), shifted)).view(-1, len(F))       # [HW, HW]
 
 
-def _smooth(rows: Tensor, Wg: Tensor, size: tuple[int, int]) -> Tensor:
+def _shifted(rows: Tensor, k: int, size: tuple[int, int]) -> Iterator[Tensor]:
+    """For each offset of a k x k kernel what `rows` [rows, HW] have at that offset from every pixel: [rows, H, W]."""
     H, W = size
-    k = len(Wg)
     maps = rows.reshape(1, -1, H, W)                            # [1, rows, H, W]
     maps = nn.functional.pad(maps, (k // 2,) * 4, mode="replicate")[0]   # [rows, H + k - 1, W + k - 1]
-    shifted = (Wg[a, b] * maps[:, a:a + H, b:b + W] for a in range(k) for b in range(k))
-    return sum(shifted).view(-1, H * W)                         # [rows, HW]
+    return (maps[:, a:a + H, b:b + W] for a in range(k) for b in range(k))
 
 
 def region_decision(Fg: Tensor, threshold: float = 0.8) -> Tensor:
@@ -644,28 +645,32 @@ class _RegionsOfBatch(torch.autograd.Function):
     def forward(ctx, B, C, Wg, threshold, cues, join_lone):
         few = max(1, _way(B).together // B[0].numel() ** 2)     # images
         parts = [_construct(*part, Wg, threshold, cues, join_lone) for part in zip(B.split(few), C.split(few))]
-        labels, J = map(torch.cat, zip(*parts))                 # [b, HW] each
+        labels, T = map(torch.cat, zip(*parts))                 # [b, HW], [b, HW, k k]
         ctx.cues, ctx.few = cues, few
-        ctx.save_for_backward(B, C, Wg, labels)
+        ctx.save_for_backward(B, C, Wg, labels, T)
         ctx.mark_non_differentiable(labels)
-        return labels, J
+        return labels, (T * Wg.flatten()).sum(2).clamp(0, 1)    # eq. 5: J is linear in W^g
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, _, dJ):
-        B, C, Wg, labels = ctx.saved_tensors
-        grads = []
+        B, C, Wg, labels, T = ctx.saved_tensors
+        dWg, grads = (dJ[..., None] * T).sum((0, 1)).view_as(Wg), []    # [k, k]  sum over images and pixels
+        needs = ctx.needs_input_grad[0] and ctx.cues != "semantic", ctx.needs_input_grad[1] and ctx.cues != "boundary"
+        if not any(needs):
+            return None, None, dWg, None, None, None
         for part in zip(*(x.split(ctx.few) for x in (B, C, labels, dJ))):
             steps = [None] * ctx.few if ctx.cues == "semantic" else _steps(part[0], part[2], len(Wg) // 2)
-            grads += [_gradient(*image, Wg, ctx.cues, ctx.needs_input_grad) for image in zip(*part, steps)]
-        dB, dC, dWg = zip(*grads)
-        return torch.stack(dB), torch.stack(dC), sum(dWg), None, None, None
+            grads += [_gradient(*image, Wg, ctx.cues, needs) for image in zip(*part, steps)]
+        dB, dC = map(torch.stack, zip(*grads))                  # [b, H, W], [b, N, H, W]
+        return dB, dC, dWg, None, None, None
 
 
 def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, join_lone: bool) -> tuple[Tensor, Tensor]:
-    """Eqs. 1-5 without autograd: B [b, H, W], C [b, N, H, W], W^g [k, k] to labels and J, [b, HW] each."""
-    (b, H, W), n, C, way = B.shape, B[0].numel(), C.flatten(2), _way(B)     # C [b, N, HW]
-    F = B.new_zeros(b, n, n)                                    # [b, HW, HW]  holds D, then F, then F^g
+    """Eqs. 1-5 without autograd: B [b, H, W], C [b, N, H, W], W^g [k, k] to labels [b, HW] and what J weighs by W^g,
+    T [b, HW, k k]: for each offset the mean of F there over the pixels of i's region."""
+    (b, H, W), n, C, k, way = B.shape, B[0].numel(), C.flatten(2), len(Wg), _way(B)     # C [b, N, HW]
+    F = B.new_zeros(b, n, n)                                    # [b, HW, HW]  holds D, then F
     G = torch.empty(b, n, n, dtype=torch.bool, device=B.device)     # [b, HW, HW]
     if cues != "semantic":
         F.diagonal(0, 1, 2).copy_(B.flatten(1))
@@ -680,17 +685,27 @@ def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, jo
         D.copy_(region_attention(D, E))                         # eq. 3, for i <= j
         F[:, a:z, a:z].copy_(F[:, a:z, a:z].triu() + F[:, a:z, a:z].triu(1).mT)
         F[:, z:, a:z] = F[:, a:z, z:].mT
-        if len(Wg) > 1:
-            F[:, a:z] = _smooth(F[:, a:z], Wg, (H, W)).view(b, z - a, n)        # eq. 4
+    pixels = torch.arange(n, device=B.device)                   # [HW]
+    at = torch.stack([*_shifted(pixels[None].float(), k, (H, W))]).view(k * k, n).long()   # [k k, HW]  by offset
+
+    def both(f: Tensor, i: Tensor, a: int = 0) -> Tensor:
+        """(F^g_ij + F^g_ji) / 2 for pixels i and j >= a, [b, i, HW - a]. As f = F is symmetric, F^g_ji smooths its rows
+        over i."""
+        parts = zip(Wg.flatten(), _shifted(f[:, i], k, (H, W)), at[:, i])
+        return sum((w * x).view(len(f), -1, n)[..., a:] + w * f[:, near, a:] for w, x, near in parts) / 2
+
     for a, z in blocks:
-        g = (F[:, a:z, a:] + F[:, a:, a:z].mT) / 2 > threshold  # [b, rows, HW - a]
+        g = both(F, pixels[a:z], a) > threshold                 # [b, rows, HW - a]  eq. 4
         G[:, a:z, a:], G[:, a:, a:z] = g, g.mT
     labels = _components(G, rows)                               # [b, HW]
     if join_lone:
-        labels = torch.stack([_join(*image, rows) for image in zip(labels, F)])
+        labels = torch.stack([_join(q, partial(both, f[None]), rows) for q, f in zip(labels, F)])
     size = torch.stack([q.bincount()[q] for q in labels])       # [b, HW]
-    sums = [(F[:, a:z] * (labels[:, a:z, None] == labels[:, None])).sum(2) for a, z in blocks]
-    return labels, (torch.cat(sums, 1) / size).clamp_(0, 1)     # eq. 5: the mean over the pixels of i's region
+    T = []
+    for a, z in blocks:
+        same = (labels[:, a:z, None] == labels[:, None]).view(-1, H, W)     # [b rows, H, W]
+        T.append(torch.stack([(x * same).sum((1, 2)) for x in _shifted(F[:, a:z], k, (H, W))], 1).view(b, z - a, k * k))
+    return labels, torch.cat(T, 1) / size[..., None]            # the sums are over the pixels of i's region
 
 
 # Eq. 1 of images B [b, H, W] for all lines of 1 to `reach` steps, into out [b, HW, HW] at (i, j), i < j: the highest
@@ -769,18 +784,18 @@ def _components(G: Tensor, rows: int) -> Tensor:
             return _numbered(first)
 
 
-def _join(labels: Tensor, Fg: Tensor, rows: int) -> Tensor:
-    """`join_lone_pixels`, of which only the rows and columns of lone pixels are read."""
+def _join(labels: Tensor, both: Callable, rows: int) -> Tensor:
+    """`join_lone_pixels`; both(i) [1, i, HW] is the mean of F^g_ij and F^g_ji, which only lone pixels i need."""
     size = labels.bincount()                                    # [Q]
     large = (size > 1).nonzero()[:, 0]                          # [large]  these regions
     lone = (size[labels] == 1).nonzero()[:, 0]                  # [lone]   these pixels
     if len(lone) in (0, len(labels)):
         return labels
-    member = (labels[:, None] == large).to(Fg)                  # [HW, large]
+    member = labels[:, None] == large                           # [HW, large]
     joined = labels.clone()
     for i in lone.split(rows):
-        S = (Fg[i] + Fg[:, i].T) / 2                            # [i, HW]
-        joined[i] = large[(S @ member / size[large]).argmax(1)]
+        S = both(i)[0]                                          # [i, HW]
+        joined[i] = large[(S @ member.to(S) / size[large]).argmax(1)]
     return _numbered(joined)
 
 
@@ -809,16 +824,16 @@ def _pair_attention(B: Tensor, Ci: Tensor, Cj: Tensor, i: Tensor, j: Tensor, ste
 
 
 def _gradient(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, steps: Tensor | None, Wg: Tensor, cues: str,
-              needs: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of sum_i dJ_i J_i for one image: labels and dJ [HW] to dB [H, W], dC [N, H, W] and dW^g [k, k].
+              needs: tuple) -> tuple[Tensor, Tensor]:
+    """The gradient of sum_i dJ_i J_i for one image: labels and dJ [HW] to dB [H, W] and dC [N, H, W].
 
     With w_i = dJ_i / |R_q| the sum is one over pairs, of w_i share_q(j) F_ij, where share_q(j) is the sum of W^g over
-    the offsets that bring a pixel of R_q to j, border replicated: the adjoint of `_smooth` on the indicator of R_q.
+    the offsets that bring a pixel of R_q to j, border replicated: the adjoint of `regularize` on the indicator of R_q.
     share_q is 0 except within k // 2 pixels of R_q: only those pairs are visited, each once, as D and E are symmetric.
     """
     (H, W), k, way = B.shape, len(Wg), _way(B)
     B, C = B.detach().requires_grad_(needs[0]), C.flatten(1)    # [H, W], [N, HW]
-    dC, dWg = torch.zeros_like(C), torch.zeros_like(Wg)
+    dC = torch.zeros_like(C)                                    # [N, HW]
     size, order = labels.bincount(), labels.argsort(stable=True)        # [Q], [HW]  pixels by region
     part = ((size.cumsum(0) - size) // way.group).repeat_interleave(size)       # [HW]  whole regions
     d = torch.arange(k, device=B.device) - k // 2
@@ -830,7 +845,7 @@ def _gradient(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, steps: Tensor | 
         v, at = len(V), place + q * len(V)                      # [k k, members]  in a [Q, v] matrix
         share = Wg.new_zeros((int(q[-1]) + 1) * v)
         share.index_add_(0, at.flatten(), Wg.flatten().repeat_interleave(len(q)))
-        share = share.view(-1, v).requires_grad_()              # [Q, v]
+        share = share.view(-1, v)                               # [Q, v]
         w, region = B.new_zeros(v), labels.new_zeros(v)         # [v] each; what only lies around has w = 0
         w[place[k * k // 2]], region[place[k * k // 2]] = dJ[members] / size[labels[members]], q
         c = C[None, :, V].requires_grad_(needs[1])              # [1, N, v]
@@ -844,8 +859,7 @@ def _gradient(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, steps: Tensor | 
                 (F.sum() - F.diagonal().sum() / 2).backward()   # i = j was counted twice
         if c.grad is not None:
             dC.index_add_(1, V, c.grad[0])
-        dWg += share.grad.view(-1).index_select(0, at.flatten()).view(k, k, -1).sum(2)      # over the members
-    return torch.zeros_like(B) if B.grad is None else B.grad, dC.view(-1, H, W), dWg
+    return torch.zeros_like(B) if B.grad is None else B.grad, dC.view(-1, H, W)
 
 
 # --- Bad input: one line that names the argument, what was expected and what came ------------------------

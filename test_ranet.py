@@ -864,8 +864,8 @@ MUTATIONS = [
     ("eq3", "return (1 - D) * (1 - E)", "return (1 - D) * (1 + E)"),                                # sign
     ("eq3", "return (1 - D) * (1 - E)", "return 1 - D * E"),
     ("eq4", 'mode="replicate"', 'mode="constant"'),                                                 # zero border
-    ("eq4", "Wg[a, b] * maps", "Wg[b, a] * maps"),                                                  # kernel transposed
-    ("eq4", "Wg[a, b] * maps", "Wg[-1 - a, -1 - b] * maps"),                                        # a convolution
+    ("eq4", "zip(Wg.flatten(), shifted)", "zip(Wg.T.flatten(), shifted)"),                          # kernel transposed
+    ("eq4", "zip(Wg.flatten(), shifted)", "zip(Wg.flip(0, 1).flatten(), shifted)"),                 # a convolution
     ("eq4", "return (Fg + Fg.T) / 2 > threshold", "return (Fg + Fg) / 2 > threshold"),              # no transpose
     ("eq4", "return (Fg + Fg.T) / 2 > threshold", "return (Fg + Fg.T) / 2 >= threshold"),           # sgn(0) = 1
     ("eq4", "return (Fg + Fg.T) / 2 > threshold", "return Fg + Fg.T > threshold"),                  # missing half
@@ -908,8 +908,11 @@ MUTATIONS = [
     ("rcb", "            first = first.gather(1, first)\n        if torch.equal(first, last):\n",
      "            first = first.gather(1, first)\n        if True:\n"),                             # one round
     ("rcb", "large = (size > 1)", "large = (size > 2)"),                                            # not to pairs
-    ("rcb", "S = (Fg[i] + Fg[:, i].T) / 2", "S = Fg[i]"),                                           # one direction
-    ("rcb", "(S @ member / size[large]).", "(S @ member)."),                                        # sum, no mean
+    ("rcb", "+ w * f[:, near, a:] for", "+ (w * x).view(len(f), -1, n)[..., a:] for"),              # one direction
+    ("rcb", "(S @ member.to(S) / size[large]).", "(S @ member.to(S))."),                            # sum, no mean
+    ("rcb", "(T * Wg.flatten()).sum(2)", "(T * Wg.T.flatten()).sum(2)"),                            # kernel transposed
+    ("rcb", "torch.cat(T, 1) / size[..., None]", "torch.cat(T, 1)"),                                # sum, no mean
+    ("rcb", "(dJ[..., None] * T).sum((0, 1))", "T.sum((0, 1))"),
     ("rcb", "(members % W + d[:, None]).clamp", "(members % W - d[:, None]).clamp"),                # no adjoint
     ("rcb", "= dJ[members] / size[labels[members]], q", "= dJ[members], q"),
     ("rcb", "int((high - low).max()) + margin", "int((high - low).max())"),                         # lines too short
