@@ -410,7 +410,7 @@ class Regions(NamedTuple):
 class RCB(nn.Module):
     r"""The region construction block, eqs. 1-5: cuts each image of a batch into regions.
 
-    `construct_regions` of each image. Memory on a CPU: five bytes a pair forward, one more backward; docs/cost.md.
+    `construct_regions` of each image. Memory on a CPU: five bytes a pair, one more backward if joint; docs/cost.md.
 
     kernel_size: k of W^g, odd. W^g is the softmax of k x k logits, so that F^g and J stay in [0, 1]; at the
         start its centre weighs 0.87 (k = 3). With k = 1 there is no parameter and F^g = F.
