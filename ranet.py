@@ -48,8 +48,8 @@ How the paper is read where it is silent or contradicts itself (docs/differences
     R11  boundary target: two classes within radius 2, max-pooled to B's grid; ignored pixels make no boundary
     R12  losses 1 : 1 : 1; where the paper is silent, the values of its released code or of the field
     R13  B starts at 0.05, so that the first map is one region
-    R14  O is batch-normalised before it meets A, so that raising B is no way to shrink it; the weight of that
-         normalisation starts at 0.25, since regions mean nothing in the first steps
+    R14  O is batch-normalised before it meets A, so that a joint RCB (R16) cannot shrink it by raising B; the weight of
+         that normalisation starts at 0.25, since regions mean nothing in the first steps
     R15  A is a 3 x 3 convolution of the features; the segmentation sees [A, O]; RIB has no parameters
     R16  J's gradient goes to W^g and ends there: B and C learn from their own losses, from which it would draw them off
 
@@ -515,9 +515,8 @@ class Output(NamedTuple):
 class RANet(nn.Module):
     r"""The network: backbone, A, B, C, the context O, and the segmentation from [A, BN(O)].
 
-    O is batch-normalised before it meets A, so that raising B is no way to shrink it, and it starts small: in the first
-    steps regions mean nothing yet (R14). B starts at 0.05, so these steps see one region and no inter-region context
-    (R13).
+    O is batch-normalised before it meets A, and it starts small: in the first steps regions mean nothing yet (R14). B
+    starts at 0.05, so these steps see one region and no inter-region context (R13).
 
     backbone: a module from images [b, 3, h, w] to features [b, in_channels, H, W]. Stride 8 in the paper.
     num_classes, channels: N, M.
