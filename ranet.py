@@ -51,7 +51,7 @@ How the paper is read where it is silent or contradicts itself (docs/differences
     R14  O is batch-normalised before it meets A, so that a joint RCB (R16) cannot shrink it by raising B; the weight of
          that normalisation starts at 0.25, since regions mean nothing in the first steps
     R15  A is a 3 x 3 convolution of the features; the segmentation sees [A, O]; RIB has no parameters
-    R16  J's gradient goes to W^g and ends there: B and C learn from their own losses, from which it would draw them off
+    R16  J's gradient goes to W^g and ends there: B and C learn from their own losses, and it would work against these
 
 Wrong input raises a ValueError of one line: the argument, what was expected, what came. Ranges, sums and NaN are
 checked on the CPU only: elsewhere a check would wait for the device. The modules compute in float32 at least, the
@@ -264,7 +264,7 @@ def representative_score(Fg: Tensor, labels: Tensor) -> Tensor:
 
     The mean runs over all of R_q, i included (R5).
 
-    F^g [HW, HW], labels [HW] -> J [HW]. Gradient: to F^g; only through J do eqs. 5-8 teach W^g, B and C.
+    F^g [HW, HW], labels [HW] -> J [HW]. Gradient: to F^g; only through J can eqs. 5-8 teach W^g, B and C (R16).
     """
     _check(Fg=Fg, labels=labels)
     same = labels[:, None] == labels                            # [HW, HW]
@@ -410,7 +410,7 @@ class Regions(NamedTuple):
 class RCB(nn.Module):
     r"""The region construction block, eqs. 1-5: cuts each image of a batch into regions.
 
-    `construct_regions` of each image. Memory on a CPU: five bytes a pair, one more backward if joint; docs/cost.md.
+    `construct_regions` of each image. Memory on a CPU, in float32: five bytes a pair forward; if joint, one backward.
 
     kernel_size: k of W^g, odd. W^g is the softmax of k x k logits, so that F^g and J stay in [0, 1]; at the
         start its centre weighs 0.87 (k = 3). With k = 1 there is no parameter and F^g = F.
@@ -644,17 +644,17 @@ class _RegionsOfBatch(torch.autograd.Function):
     def forward(ctx, B, C, Wg, threshold, cues, join_lone):
         few = max(1, _way(B).together // B[0].numel() ** 2)     # images
         parts = [_construct(*part, Wg, threshold, cues, join_lone) for part in zip(B.split(few), C.split(few))]
-        labels, T = map(torch.cat, zip(*parts))                 # [b, HW], [b, HW, k k]
+        labels, means = map(torch.cat, zip(*parts))             # [b, HW], [b, HW, k k]
         ctx.cues, ctx.few = cues, few
-        ctx.save_for_backward(B, C, Wg, labels, T)
+        ctx.save_for_backward(B, C, Wg, labels, means)
         ctx.mark_non_differentiable(labels)
-        return labels, (T * Wg.flatten()).sum(2).clamp(0, 1)    # eq. 5: J is linear in W^g
+        return labels, (means * Wg.flatten()).sum(2).clamp(0, 1)    # sum over the offsets
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, _, dJ):
-        B, C, Wg, labels, T = ctx.saved_tensors
-        dWg, grads = (dJ[..., None] * T).sum((0, 1)).view_as(Wg), []    # [k, k]  sum over images and pixels
+        B, C, Wg, labels, means = ctx.saved_tensors
+        dWg, grads = (dJ[..., None] * means).sum((0, 1)).view_as(Wg), []    # [k, k]  sum over images and pixels
         needs = ctx.needs_input_grad[0] and ctx.cues != "semantic", ctx.needs_input_grad[1] and ctx.cues != "boundary"
         if not any(needs):
             return None, None, dWg, None, None, None
@@ -666,8 +666,8 @@ class _RegionsOfBatch(torch.autograd.Function):
 
 
 def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, join_lone: bool) -> tuple[Tensor, Tensor]:
-    """Eqs. 1-5 without autograd: B [b, H, W], C [b, N, H, W], W^g [k, k] to labels [b, HW] and what J weighs by W^g,
-    T [b, HW, k k]: for each offset the mean of F there over the pixels of i's region."""
+    """Eqs. 1-5 without autograd: B [b, H, W], C [b, N, H, W], W^g [k, k] to labels [b, HW] and means [b, HW, k k], for
+    each offset of W^g the mean of F there over the pixels of i's region: J is their sum, weighted by W^g."""
     (b, H, W), n, C, k, way = B.shape, B[0].numel(), C.flatten(2), len(Wg), _way(B)     # C [b, N, HW]
     F = B.new_zeros(b, n, n)                                    # [b, HW, HW]  holds D, then F
     G = torch.empty(b, n, n, dtype=torch.bool, device=B.device)     # [b, HW, HW]
@@ -685,26 +685,27 @@ def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, jo
         F[:, a:z, a:z].copy_(F[:, a:z, a:z].triu() + F[:, a:z, a:z].triu(1).mT)
         F[:, z:, a:z] = F[:, a:z, z:].mT
     pixels = torch.arange(n, device=B.device)                   # [HW]
-    at = torch.stack([*_shifted(pixels[None].float(), k, (H, W))]).view(k * k, n).long()   # [k k, HW]  by offset
+    at = torch.cat([*_shifted(pixels[None].float(), k, (H, W))]).flatten(1).long()          # [k k, HW]  by offset
 
-    def both(f: Tensor, i: Tensor, a: int = 0) -> Tensor:
-        """(F^g_ij + F^g_ji) / 2 for pixels i and j >= a, [b, i, HW - a]. As f = F is symmetric, F^g_ji smooths its rows
-        over i."""
+    def mean_Fg(f: Tensor, i: Tensor, a: int = 0) -> Tensor:
+        """(F^g_ij + F^g_ji) / 2 for pixels i and j >= a, [b, i, HW - a]. f is F, or one image of it: symmetric, so
+        F^g_ji is F_ji smoothed over i."""
         parts = zip(Wg.flatten(), _shifted(f[:, i], k, (H, W)), at[:, i])
         return sum((w * x).view(len(f), -1, n)[..., a:] + w * f[:, near, a:] for w, x, near in parts) / 2
 
     for a, z in blocks:
-        g = both(F, pixels[a:z], a) > threshold                 # [b, rows, HW - a]  eq. 4
+        g = mean_Fg(F, pixels[a:z], a) > threshold              # [b, rows, HW - a]  eq. 4
         G[:, a:z, a:], G[:, a:, a:z] = g, g.mT
     labels = _components(G, rows)                               # [b, HW]
     if join_lone:
-        labels = torch.stack([_join(q, partial(both, f[None]), rows) for q, f in zip(labels, F)])
+        labels = torch.stack([_join(q, partial(mean_Fg, f[None]), rows) for q, f in zip(labels, F)])
     size = torch.stack([q.bincount()[q] for q in labels])       # [b, HW]
-    T = []
+    sums = []
     for a, z in blocks:
         same = (labels[:, a:z, None] == labels[:, None]).view(-1, H, W)     # [b rows, H, W]
-        T.append(torch.stack([(x * same).sum((1, 2)) for x in _shifted(F[:, a:z], k, (H, W))], 1).view(b, z - a, k * k))
-    return labels, torch.cat(T, 1) / size[..., None]            # the sums are over the pixels of i's region
+        own = [(x * same).sum((1, 2)) for x in _shifted(F[:, a:z], k, (H, W))]      # k k times [b rows]
+        sums.append(torch.stack(own, 1).view(b, -1, k * k))
+    return labels, torch.cat(sums, 1) / size[..., None]         # eq. 5: over the pixels of i's region
 
 
 # Eq. 1 of images B [b, H, W] for all lines of 1 to `reach` steps, into out [b, HW, HW] at (i, j), i < j: the highest
@@ -783,8 +784,8 @@ def _components(G: Tensor, rows: int) -> Tensor:
             return _numbered(first)
 
 
-def _join(labels: Tensor, both: Callable, rows: int) -> Tensor:
-    """`join_lone_pixels`; both(i) [1, i, HW] is the mean of F^g_ij and F^g_ji, which only lone pixels i need."""
+def _join(labels: Tensor, mean_Fg: Callable, rows: int) -> Tensor:
+    """`join_lone_pixels`; mean_Fg(i) [1, i, HW] is the mean of F^g_ij and F^g_ji, which only lone pixels i need."""
     size = labels.bincount()                                    # [Q]
     large = (size > 1).nonzero()[:, 0]                          # [large]  these regions
     lone = (size[labels] == 1).nonzero()[:, 0]                  # [lone]   these pixels
@@ -793,7 +794,7 @@ def _join(labels: Tensor, both: Callable, rows: int) -> Tensor:
     member = labels[:, None] == large                           # [HW, large]
     joined = labels.clone()
     for i in lone.split(rows):
-        S = both(i)[0]                                          # [i, HW]
+        S = mean_Fg(i)[0]                                          # [i, HW]
         joined[i] = large[(S @ member.to(S) / size[large]).argmax(1)]
     return _numbered(joined)
 

@@ -910,9 +910,9 @@ MUTATIONS = [
     ("rcb", "large = (size > 1)", "large = (size > 2)"),                                            # not to pairs
     ("rcb", "+ w * f[:, near, a:] for", "+ (w * x).view(len(f), -1, n)[..., a:] for"),              # one direction
     ("rcb", "(S @ member.to(S) / size[large]).", "(S @ member.to(S))."),                            # sum, no mean
-    ("rcb", "(T * Wg.flatten()).sum(2)", "(T * Wg.T.flatten()).sum(2)"),                            # kernel transposed
-    ("rcb", "torch.cat(T, 1) / size[..., None]", "torch.cat(T, 1)"),                                # sum, no mean
-    ("rcb", "(dJ[..., None] * T).sum((0, 1))", "T.sum((0, 1))"),
+    ("rcb", "(means * Wg.flatten()).sum(2)", "(means * Wg.T.flatten()).sum(2)"),                    # kernel transposed
+    ("rcb", "torch.cat(sums, 1) / size[..., None]", "torch.cat(sums, 1)"),                          # sum, no mean
+    ("rcb", "(dJ[..., None] * means).sum((0, 1))", "means.sum((0, 1))"),
     ("rcb", "(members % W + d[:, None]).clamp", "(members % W - d[:, None]).clamp"),                # no adjoint
     ("rcb", "= dJ[members] / size[labels[members]], q", "= dJ[members], q"),
     ("rcb", "int((high - low).max()) + margin", "int((high - low).max())"),                         # lines too short
