@@ -68,7 +68,6 @@ Not here: backbones, data sets, boundary masks, the training loop, trained weigh
 """
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -698,7 +697,7 @@ def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, jo
         G[:, a:z, a:], G[:, a:, a:z] = g, g.mT
     labels = _components(G, rows)                               # [b, HW]
     if join_lone:
-        labels = torch.stack([_join(q, partial(mean_Fg, f[None]), rows) for q, f in zip(labels, F)])
+        labels = torch.stack([_join(q, lambda i, f=f: mean_Fg(f[None], i), rows) for q, f in zip(labels, F)])
     size = torch.stack([q.bincount()[q] for q in labels])       # [b, HW]
     sums = []
     for a, z in blocks:
