@@ -793,7 +793,7 @@ def _join(labels: Tensor, mean_Fg: Callable, rows: int) -> Tensor:
     member = labels[:, None] == large                           # [HW, large]
     joined = labels.clone()
     for i in lone.split(rows):
-        S = mean_Fg(i)[0]                                          # [i, HW]
+        S = mean_Fg(i)[0]                                       # [i, HW]
         joined[i] = large[(S @ member.to(S) / size[large]).argmax(1)]
     return _numbered(joined)
 
