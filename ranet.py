@@ -176,9 +176,8 @@ def regularize(F: Tensor, Wg: Tensor, size: tuple[int, int]) -> Tensor:
     _check(F=F, Wg=Wg)
     _expect(len(Wg) % 2 == 1, "Wg", "an odd k", Wg)
     ok = isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
-    _expect(ok and size[0] * size[1] == len(F), "size", f"(H, W) with HW = {len(F)}", str(size))
-    shifted = _shifted(F, len(Wg), size)
-    return sum(w * x for w, x in zip(Wg.flatten(), shifted)).view(-1, len(F))       # [HW, HW]
+    _expect(ok and size[0] * size[1] == F.shape[1], "size", f"(H, W) with HW = {F.shape[1]}", str(size))
+    return sum(w * x for w, x in zip(Wg.flatten(), _shifted(F, len(Wg), size))).flatten(1)      # [HW, HW]
 
 
 def _shifted(rows: Tensor, k: int, size: tuple[int, int]) -> Iterator[Tensor]:
@@ -624,16 +623,15 @@ def label_counts(label: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
 class _Way(NamedTuple):
     """How to compute on a device: for a processor's cache, or to keep a GPU busy with few calls (docs/cost.md)."""
     block: int          # numbers in a block of rows
-    graph: int          # ... in one that autograd goes back through
+    rows: int           # of a block that autograd goes back through
     together: int       # pairs of pixels, over the images that share their calls
-    group: int          # pixels, in the regions whose gradients share their calls
     lines: Callable     # eq. 1
 
 
 def _way(x: Tensor) -> _Way:
     if x.device.type == "cpu":
-        return _Way(2 ** 19, 2 ** 21, 2 ** 22, 128, _walks)
-    return _Way(2 ** 25, 2 ** 25, 2 ** 27, 2 ** 31, _gathers)
+        return _Way(2 ** 19, 32, 2 ** 22, _walks)
+    return _Way(2 ** 25, 128, 2 ** 27, _gathers)
 
 
 class _RegionsOfBatch(torch.autograd.Function):
@@ -653,13 +651,13 @@ class _RegionsOfBatch(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, _, dJ):
         B, C, Wg, labels, means = ctx.saved_tensors
-        dWg, grads = (dJ[..., None] * means).sum((0, 1)).view_as(Wg), []    # [k, k]  sum over images and pixels
-        needs = ctx.needs_input_grad[0] and ctx.cues != "semantic", ctx.needs_input_grad[1] and ctx.cues != "boundary"
-        if not any(needs):
+        dWg = (dJ[..., None] * means).sum((0, 1)).view_as(Wg)   # [k, k]  sum over images and pixels
+        if not any(ctx.needs_input_grad[:2]):
             return None, None, dWg, None, None, None
+        grads = []
         for part in zip(*(x.split(ctx.few) for x in (B, C, labels, dJ))):
-            steps = [None] * ctx.few if ctx.cues == "semantic" else _steps(part[0], part[2], len(Wg) // 2)
-            grads += [_gradient(*image, Wg, ctx.cues, needs) for image in zip(*part, steps)]
+            steps = _steps(part[0])
+            grads += [_gradient(*image, Wg, ctx.cues) for image in zip(*part, steps)]
         dB, dC = map(torch.stack, zip(*grads))                  # [b, H, W], [b, N, H, W]
         return dB, dC, dWg, None, None, None
 
@@ -672,7 +670,7 @@ def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, jo
     G = torch.empty(b, n, n, dtype=torch.bool, device=B.device)     # [b, HW, HW]
     if cues != "semantic":
         F.diagonal(0, 1, 2).copy_(B.flatten(1))
-        way.lines(B, F, n)                                      # eq. 1
+        way.lines(B, F)                                         # eq. 1
     rows = max(1, way.block // (b * n))
     few = max(1, way.block // (b * C.shape[1] * rows))
     blocks = [(a, min(a + rows, n)) for a in range(0, n, rows)]
@@ -707,10 +705,10 @@ def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, jo
     return labels, torch.cat(sums, 1) / size[..., None]         # eq. 5: over the pixels of i's region
 
 
-# Eq. 1 of images B [b, H, W] for all lines of 1 to `reach` steps, into out [b, HW, HW] at (i, j), i < j: the highest
-# sample, or, if `out` holds integers, the first step where it is met. Lines of the same L (steps along the longer axis)
-# are read from one table: with the shorter axis laid out at every L-th of a pixel in T, step s of the line from row y
-# and column x to row y + r and column x + L is T[y L + s r, x + s].
+# Eq. 1 of images B [b, H, W], into out [b, HW, HW] at (i, j), i < j: the highest sample, or, if `out` holds integers,
+# the first step where it is met. Lines of the same L (steps along the longer axis) are read from one table: with the
+# shorter axis laid out at every L-th of a pixel in T, step s of the line from row y and column x to row y + r and
+# column x + L is T[y L + s r, x + s].
 
 def _axes(B: Tensor, out: Tensor):
     """For lines wider than high, then for the others: the map with their longer axis last [b, h, w]; `out` seen as
@@ -720,11 +718,11 @@ def _axes(B: Tensor, out: Tensor):
     return (B, pairs, 1), (B.mT, pairs.permute(0, 2, 1, 4, 3), 0)
 
 
-def _walks(B: Tensor, out: Tensor, reach: int) -> None:
+def _walks(B: Tensor, out: Tensor) -> None:
     """For one L and r, the samples of all lines are a strided view of T, and one maximum serves all."""
     for field, pairs, less in _axes(B, out):
         b, h, w = field.shape
-        for L in range(1, min(w - 1, reach) + 1):
+        for L in range(1, w):
             part = torch.arange(L, device=B.device).to(B.dtype)[:, None] / L    # [L, 1]
             T = (field[:, :-1, None] + part * field.diff(dim=1)[:, :, None]).flatten(1, 2)
             T = torch.cat((T, field[:, -1:]), 1)                # [b, (h - 1) L + 1, w]
@@ -739,7 +737,7 @@ def _walks(B: Tensor, out: Tensor, reach: int) -> None:
                 pairs.diagonal(rise, 1, 3).diagonal(run, 1, 2).copy_(up.flip(1))
 
 
-def _gathers(B: Tensor, out: Tensor, reach: int) -> None:
+def _gathers(B: Tensor, out: Tensor) -> None:
     """The samples of all lines of one L are gathered by one call."""
     for field, pairs, less in _axes(B, out):
         b, h, w = field.shape
@@ -747,7 +745,7 @@ def _gathers(B: Tensor, out: Tensor, reach: int) -> None:
         x = torch.arange(w, device=B.device)                    # [w]
         y, r = x.new_tensor([(y, end - y) for y in range(h) for end in range(h)]).T     # [h h] each
         y, r = (k[r.abs().argsort(stable=True), None] for k in (y, r))          # [h h, 1]  the flattest lines first
-        for L in range(1, min(w - 1, reach) + 1):
+        for L in range(1, w):
             m = min(L - less, h - 1)
             p = h + m * (2 * h - m - 1)                         # so many pairs of rows have |r| <= m
             part = x[:L, None].to(B.dtype) / L                  # [L, 1]
@@ -798,67 +796,36 @@ def _join(labels: Tensor, mean_Fg: Callable, rows: int) -> Tensor:
     return _numbered(joined)
 
 
-def _steps(B: Tensor, labels: Tensor, margin: int) -> Tensor:
-    """The first step at which a line meets its highest sample, [b, HW, HW], for B [b, H, W] and all lines within a
-    region of labels [b, HW] or `margin` pixels around it."""
-    n, W = labels.shape[1], B.shape[2]
-    pixel = torch.arange(n, device=B.device)                    # [HW]
-    at = torch.stack((pixel // W, pixel % W))[:, None].expand(2, *labels.shape)         # [2, b, HW]  row and column
-    low, high = (torch.zeros_like(at).scatter_reduce(2, labels.expand_as(at), at, end, include_self=False)
-                 for end in ("amin", "amax"))                   # [2, b, HW] each, of the regions
-    reach = int((high - low).max()) + margin
-    steps = B.new_zeros(len(B), n, n, dtype=torch.uint8 if reach < 256 else torch.int16)
-    _way(B).lines(B, steps, reach)
+def _steps(B: Tensor) -> Tensor:
+    """Where each line is highest: the first such step, [b, HW, HW], filled for i < j, for B [b, H, W]."""
+    (b, H, W), n = B.shape, B[0].numel()
+    steps = B.new_zeros(b, n, n, dtype=torch.uint8 if max(H, W) < 256 else torch.int16)
+    _way(B).lines(B, steps)
     return steps
 
 
-def _pair_attention(B: Tensor, Ci: Tensor, Cj: Tensor, i: Tensor, j: Tensor, steps: Tensor | None, cues: str) -> Tensor:
-    """Eqs. 1-3 for pixels i [I] and j [J] of B [H, W], with C_i [1, N, I] and C_j [1, N, J], to F [I, J]."""
-    D = E = 0
-    if cues != "semantic":      # the sample of eq. 1 is known
-        D = _on_line(B, i[:, None].int(), j.int(), steps.index_select(0, i).index_select(1, j))
-    if cues != "boundary":
-        E = _divergence(Ci, Cj)[0]
-    return region_attention(D, E)
-
-
-def _gradient(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, steps: Tensor | None, Wg: Tensor, cues: str,
-              needs: tuple) -> tuple[Tensor, Tensor]:
+def _gradient(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, steps: Tensor, Wg: Tensor,
+              cues: str) -> tuple[Tensor, Tensor]:
     """The gradient of sum_i dJ_i J_i for one image: labels and dJ [HW] to dB [H, W] and dC [N, H, W].
 
-    With w_i = dJ_i / |R_q| the sum is one over pairs, of w_i share_q(j) F_ij, where share_q(j) is the sum of W^g over
-    the offsets that bring a pixel of R_q to j, border replicated: the adjoint of `regularize` on the indicator of R_q.
-    share_q is 0 except within k // 2 pixels of R_q: only those pairs are visited, each once, as D and E are symmetric.
+    It is a sum over pairs of pixels, of dJ_i / |R_q| share_q(j) F_ij, where q is i's region and share_q(j) the weight
+    of F_ij in the sum of F^g_i over R_q: 0 except in R_q and around it. So rows of one region go together.
     """
-    (H, W), k, way = B.shape, len(Wg), _way(B)
-    B, C = B.detach().requires_grad_(needs[0]), C.flatten(1)    # [H, W], [N, HW]
-    dC = torch.zeros_like(C)                                    # [N, HW]
-    size, order = labels.bincount(), labels.argsort(stable=True)        # [Q], [HW]  pixels by region
-    part = ((size.cumsum(0) - size) // way.group).repeat_interleave(size)       # [HW]  whole regions
-    d = torch.arange(k, device=B.device) - k // 2
-    for members in order.split(part.unique_consecutive(return_counts=True)[1].tolist()):
-        q = labels[members] - labels[members[0]]                # [members]  from 0
-        y = (members // W + d[:, None, None]).clamp(0, H - 1)   # [k, 1, members]
-        x = (members % W + d[:, None]).clamp(0, W - 1)          # [k, members]
-        V, place = (y * W + x).flatten(0, 1).unique(return_inverse=True)        # [v]  the pixels that count
-        v, at = len(V), place + q * len(V)                      # [k k, members]  in a [Q, v] matrix
-        share = Wg.new_zeros((int(q[-1]) + 1) * v)
-        share.index_add_(0, at.flatten(), Wg.flatten().repeat_interleave(len(q)))
-        share = share.view(-1, v)                               # [Q, v]
-        w, region = B.new_zeros(v), labels.new_zeros(v)         # [v] each; what only lies around has w = 0
-        w[place[k * k // 2]], region[place[k * k // 2]] = dJ[members] / size[labels[members]], q
-        c = C[None, :, V].requires_grad_(needs[1])              # [1, N, v]
-        rows = max(1, way.graph // (len(C) * v))
-        for a in range(0, v, rows):
-            i, j = slice(a, a + rows), slice(a, v)              # rows, and the columns not yet met as rows
-            with torch.enable_grad():
-                omega = w[i, None] * share[:, j].index_select(0, region[i])
-                omega = omega + (w[j, None] * share[:, i].index_select(0, region[j])).T         # [i, j]
-                F = omega.triu() * _pair_attention(B, c[..., i], c[..., j], V[i], V[j], steps, cues)
-                (F.sum() - F.diagonal().sum() / 2).backward()   # i = j was counted twice
-        if c.grad is not None:
-            dC.index_add_(1, V, c.grad[0])
-    return torch.zeros_like(B) if B.grad is None else B.grad, dC.view(-1, H, W)
+    size = labels.bincount()                                    # [Q]
+    B, C = B.detach().requires_grad_(), C.detach().requires_grad_()
+    with torch.enable_grad():
+        member = nn.functional.one_hot(labels).T.to(B).requires_grad_()         # [Q, HW]
+        share, = torch.autograd.grad(regularize(member, Wg, B.shape), member, member)        # [Q, HW]
+        for rows in labels.argsort(stable=True).split(_way(B).rows):
+            i, D, E = rows[:, None], 0, 0                       # [rows, 1]
+            j = share[labels[rows]].any(0).nonzero()[:, 0]      # [columns]
+            if cues != "semantic":
+                D = _on_line(B, i.int(), j.int(), steps[torch.minimum(i, j), torch.maximum(i, j)])
+            if cues != "boundary":
+                E = _divergence(C.flatten(1)[None, :, rows], C.flatten(1)[None, :, j])[0]
+            weight = (dJ / size[labels])[i] * share[labels[i], j]       # [rows, columns]
+            (weight * region_attention(D, E)).sum().backward()          # over the pairs
+    return torch.zeros_like(B) if B.grad is None else B.grad, torch.zeros_like(C) if C.grad is None else C.grad
 
 
 # --- Bad input: one line that names the argument, what was expected and what came ------------------------
