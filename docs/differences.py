@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Measures what the readings of differences.md change (R1, R3, R4, R11), on label maps.
+"""Measures what the readings of differences.md change (R3, R4, R11), on label maps.
 
     python docs/differences.py --root camvid
 
@@ -19,7 +19,6 @@ import ranet
 from data import boundary_mask, load
 
 torch.set_grad_enabled(False)
-SIZE = 23, 30       # where every [HW, HW] matrix of the equations is small
 
 
 def maps(label: Tensor, N: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -30,44 +29,14 @@ def maps(label: Tensor, N: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return B, (8.0 * one_hot(label, N).permute(2, 0, 1)).softmax(0)                         # [N, H, W]
 
 
-def without_end_points(B: Tensor) -> Tensor:
-    """Eq. 1 as the released code has it: the end points do not count. [HW, HW]"""
-    pixel, W = torch.arange(B.numel()), B.shape[1]
-    i, j = torch.minimum(pixel[:, None], pixel), torch.maximum(pixel[:, None], pixel)       # [HW, HW] each
-    L, D = torch.maximum((j // W - i // W).abs(), (j % W - i % W).abs()), torch.zeros(i.shape)
-    for step in range(1, max(B.shape) - 1):
-        sample = ranet._on_line(B, i, j, torch.full_like(i, step))
-        D = torch.where((step < L) & (sample > D), sample, D)
-    return D
-
-
-def end_points(labels: list[Tensor], N: int) -> None:
-    rows = {"with": [], "without": []}
-    for label in labels:
-        B, C = maps(label, N, SIZE)
-        E = ranet.semantic_divergence(C)
-        for name, D in (("with", ranet.boundary_probability(B)), ("without", without_end_points(B))):
-            Fg = ranet.regularize((1 - D) * (1 - E), ranet.RCB().kernel(), SIZE)
-            count = ranet.connected_regions(ranet.region_decision(Fg)).bincount()       # [Q]
-            rows[name].append(((count > 20).sum(), (count == 1).sum(), len(count)))
-    print(f"\nR1. Regions of {len(labels)} label maps at {SIZE[0]} x {SIZE[1]} (means):\n\n"
-          "| end points | regions of more than 20 pixels | single pixels | Q |\n|---|---|---|---|")
-    for name, found in rows.items():
-        large, single, Q = torch.tensor(found).float().mean(0).tolist()
-        print(f"| {name} | {large:.1f} | {single:.0f} | {Q:.0f} |")
-
-
 def thin_walls(n: int = 21) -> None:
-    print(f"\nR3. The lowest wall, in steps of 0.02, that parts a {n} x {n} map (B = 0 elsewhere, classes equal):\n\n"
-          "| threshold | one pixel thick | two pixels thick |\n|---|---|---|")
+    """Walls of one pixel across a map, B = 0 elsewhere: an image for each height."""
+    B = torch.zeros(51, n, n)
+    B[:, :, n // 2] = (torch.arange(51) / 50)[:, None]
     for threshold in (0.5, 0.65, 0.8):
-        found = []
-        for wall in (1, 2):
-            B = torch.zeros(51, n, n)                           # an image for each height
-            B[:, :, n // 2:n // 2 + wall] = (torch.arange(51) / 50)[:, None, None]
-            labels = ranet.RCB(threshold=threshold)(B, torch.full((51, 2, n, n), 0.5)).labels
-            found.append((labels[:, 0, 0] != labels[:, 0, -1]).int().argmax().item() / 50)
-        print(f"| {threshold} | {found[0]:.2f} | {found[1]:.2f} |")
+        labels = ranet.RCB(threshold=threshold)(B, torch.full((51, 2, n, n), 0.5)).labels
+        lowest = (labels[:, 0, 0] != labels[:, 0, -1]).int().argmax().item() / 50
+        print(f"R3. With tau {threshold} the lowest wall that parts a {n} x {n} map is {lowest:.2f} high.")
 
 
 def region_sizes(labels: list[Tensor], N: int, side: int = 97) -> None:
@@ -109,7 +78,6 @@ def main() -> None:
              for split in (load("folder", args.root, name) for name in ("train", "val", "test")) for i in range(half)]
     region_sizes(every, N)
     thin_walls()
-    end_points(labels, N)
     boundary_target(labels)
 
 

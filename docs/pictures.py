@@ -4,7 +4,7 @@
     python docs/pictures.py runs/ribbons-ranet/last.pt 7         # attention.png (eqs. 1-4), weights.png (eqs. 6-8)
     python docs/pictures.py last.pt street.jpg --out elsewhere  # of its middle square of the training crop
     python docs/pictures.py growth [PICTURE ...] [FLAGS]        # regions.png: trains as train.py does with the flags
-    python docs/pictures.py drawings                            # line.png (eq. 1), curve.png (eq. 2)
+    python docs/pictures.py line                                # line.png (eq. 1)
 
 A number is a generated scene of the split val. The functions hold whole [N, HW, HW] arrays: maps of some 40 x 40 fit.
 """
@@ -174,33 +174,16 @@ def line() -> Image.Image:
     return whole
 
 
-def curve() -> Image.Image:
-    """Eq. 2 for two classes: E between (1, 0) or (1/2, 1/2) and (1 - p, p), over p."""
-    whole, p = Image.new("RGB", (600, 368), "white"), torch.linspace(0, 1, 201)
-    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(14)
-    pen.rectangle((34, 34, 566, 334), outline="grey")
-    for x, y, text in ((34, 16, "E"), (18, 334, "0"), (18, 184, "1/2"), (18, 34, "1"), (34, 346, "0"),
-                       (300, 346, "1/2"), (566, 346, "1"), (300, 360, "p, of the second class")):
-        pen.text((x, y), text, "black", font, anchor="mm")
-    for first, x, y, text, colour in ((0.0, 400, 135, "from (1, 0)", "#3a528b"),
-                                      (0.5, 240, 290, "from (1/2, 1/2)", "#c83c3c")):
-        q = torch.cat((torch.tensor([first]), p))               # [202]  the second class of pixel 0, then of the others
-        E = ranet.semantic_divergence(torch.stack((1 - q, q))[:, None])[0, 1:]      # [201]
-        pen.line(torch.stack((34 + 532 * p, 334 - 300 * E), 1).flatten().tolist(), colour, 3)
-        pen.text((x, y), text, colour, font, anchor="mm")
-    return whole
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("given", nargs="+", metavar="CHECKPOINT PICTURE", help="or growth, or drawings")
+    parser.add_argument("given", nargs="+", metavar="CHECKPOINT PICTURE", help="or growth, or line")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "figures", help="folder of the pictures")
     args, flags = parser.parse_known_args()
     given = args.given + flags
     if given[0] == "growth":
         drawn = {"regions": growth(args.given[1:] or ["1", "7", "9"], flags)}
-    elif given == ["drawings"]:
-        drawn = {"line": line(), "curve": curve()}
+    elif given == ["line"]:
+        drawn = {"line": line()}
     elif len(given) == 2:
         model, known, checkpoint = network(given[0])
         image = picture(given[1])
@@ -212,7 +195,7 @@ def main() -> None:
         drawn = {"attention": attention(image, maps, pixels, checkpoint["palette"]),
                  "weights": weights(image, maps, chosen, known.k)}
     else:
-        sys.exit("expected growth, or drawings, or a checkpoint of train.py and a picture")
+        sys.exit("expected growth, or line, or a checkpoint of train.py and a picture")
     args.out.mkdir(parents=True, exist_ok=True)
     for name, whole in drawn.items():
         whole.save(args.out / f"{name}.png", optimize=True)
