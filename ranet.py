@@ -752,8 +752,8 @@ def _gathers(B: Tensor, out: Tensor) -> None:
             T = field[:, :, None] + part * slope[:, :, None]    # [b, h, L, w]
             s = x[:L + 1, None, None]                           # [L + 1, 1, 1]
             at = (y[:p] * L + s * r[:p]) * w + x[:w - L] + s    # [L + 1, p, w - L]
-            best, first = T.flatten(1)[:, at].max(1)            # [b, p, w - L] each, over the samples
-            found = best if out.is_floating_point() else first.to(out.dtype)
+            samples = T.flatten(1)[:, at]                       # [b, L + 1, p, w - L]
+            found = samples.amax(1) if out.is_floating_point() else samples.max(1)[1].to(out.dtype)     # over s
             i, j = (y[:p], x[:w - L]), (y[:p] + r[:p], x[L:])   # of a wide line upwards, j < i
             pairs[(slice(None), *i, *j)] = pairs[(slice(None), *j, *i)] = found
 
