@@ -926,6 +926,7 @@ MUTATIONS = [
     ("rcb", "own_i[:, :, None] + own_j[:, None] - joint", "own_i[:, :, None] - own_j[:, None] - joint"),
     ("rcb", "clamp_min(2 * TINY)", "clamp_min(TINY)"),                                              # slope at C = 0
     ("rcb", "torch.maximum(i, j)]", "torch.minimum(i, j)]"),
+    ("rcb", "* share[labels[i], j]", "* share[labels[j], i]"),                                      # from j to i
     ("rcb", "share[labels[rows]].any(0)", "share[labels[rows[:1]]].any(0)"),                        # of one region only
     ("context", "B = _at_least_float32(boundary).sigmoid()", "B = _at_least_float32(boundary).tanh()"),
     ("context", "C = _at_least_float32(coarse).softmax(1)", "C = _at_least_float32(coarse).softmax(2)"),     # rows
