@@ -623,7 +623,7 @@ def label_counts(label: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
 class _Way(NamedTuple):
     """How to compute on a device: for a processor's cache, or to keep a GPU busy with few calls (docs/cost.md)."""
     block: int          # numbers in a block of rows
-    rows: int           # of a block that autograd goes back through
+    rows: int           # pixels i in a block that autograd goes back through, at most
     together: int       # pairs of pixels, over the images that share their calls
     lines: Callable     # eq. 1
 
@@ -656,7 +656,7 @@ class _RegionsOfBatch(torch.autograd.Function):
             return None, None, dWg, None, None, None
         grads = []
         for part in zip(*(x.split(ctx.few) for x in (B, C, labels, dJ))):
-            steps = _steps(part[0])
+            steps = part[0] if ctx.cues == "semantic" else _steps(part[0])      # eq. 1 is not used
             grads += [_gradient(*image, Wg, ctx.cues) for image in zip(*part, steps)]
         dB, dC = map(torch.stack, zip(*grads))                  # [b, H, W], [b, N, H, W]
         return dB, dC, dWg, None, None, None
@@ -712,7 +712,7 @@ def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, jo
 
 def _axes(B: Tensor, out: Tensor):
     """For lines wider than high, then for the others: the map with their longer axis last [b, h, w]; `out` seen as
-    [b, y, x, y', x'] of it; and the highest L - |r|: exact diagonals belong to the others."""
+    [b, y, x, y', x'] of it; and the lowest L - |r|: exact diagonals belong to the others."""
     b, H, W = B.shape
     pairs = out.view(b, H, W, H, W)
     return (B, pairs, 1), (B.mT, pairs.permute(0, 2, 1, 4, 3), 0)
@@ -806,24 +806,26 @@ def _steps(B: Tensor) -> Tensor:
 
 def _gradient(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, steps: Tensor, Wg: Tensor,
               cues: str) -> tuple[Tensor, Tensor]:
-    """The gradient of sum_i dJ_i J_i for one image: labels and dJ [HW] to dB [H, W] and dC [N, H, W].
+    """The gradient of sum_i dJ_i J_i for one image: labels, dJ [HW] and `_steps` [HW, HW] to dB [H, W], dC [N, H, W].
 
     It is a sum over pairs of pixels, of dJ_i / |R_q| share_q(j) F_ij, where q is i's region and share_q(j) the weight
     of F_ij in the sum of F^g_i over R_q: 0 except in R_q and around it. So rows of one region go together.
     """
     size = labels.bincount()                                    # [Q]
+    rows = max(1, min(_way(B).rows, 2 ** 25 // C.numel()))
     B, C = B.detach().requires_grad_(), C.detach().requires_grad_()
     with torch.enable_grad():
-        member = nn.functional.one_hot(labels).T.to(B).requires_grad_()         # [Q, HW]
+        member = labels == torch.arange(len(size), device=B.device)[:, None]    # [Q, HW]
+        member = member.to(B).requires_grad_()
         share, = torch.autograd.grad(regularize(member, Wg, B.shape), member, member)        # [Q, HW]
-        for rows in labels.argsort(stable=True).split(_way(B).rows):
-            i, D, E = rows[:, None], 0, 0                       # [rows, 1]
-            j = share[labels[rows]].any(0).nonzero()[:, 0]      # [columns]
+        for pixels in labels.argsort(stable=True).split(rows):
+            i, D, E = pixels[:, None], 0, 0                     # [rows, 1]
+            j = share[labels[pixels]].any(0).nonzero()[:, 0]    # [columns]
             if cues != "semantic":
                 D = _on_line(B, i.int(), j.int(), steps[torch.minimum(i, j), torch.maximum(i, j)])
             if cues != "boundary":
-                E = _divergence(C.flatten(1)[None, :, rows], C.flatten(1)[None, :, j])[0]
-            weight = (dJ / size[labels])[i] * share[labels[i], j]       # [rows, columns]
+                E = _divergence(C.flatten(1)[None, :, pixels], C.flatten(1)[None, :, j])[0]
+            weight = dJ[i] / size[labels[i]] * share[labels[i], j]      # [rows, columns]
             (weight * region_attention(D, E)).sum().backward()          # over the pairs
     return torch.zeros_like(B) if B.grad is None else B.grad, torch.zeros_like(C) if C.grad is None else C.grad
 

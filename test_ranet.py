@@ -914,7 +914,7 @@ MUTATIONS = [
     ("rcb", "(dJ[..., None] * means).sum((0, 1))", "means.sum((0, 1))"),
     ("rcb", "torch.autograd.grad(regularize(member, Wg, B.shape), member, member)",
      "(regularize(member, Wg, B.shape).detach(),)"),                                                 # no adjoint
-    ("rcb", "(dJ / size[labels])[i]", "dJ[i]"),
+    ("rcb", "dJ[i] / size[labels[i]]", "dJ[i]"),
     ("modules", "torch.uint8 if max(H, W) < 256 else torch.int16", "torch.uint8"),                      # lines of 260
     ("rcb", "torch.stack((T, T.flip(1)))", "torch.stack((T, T))"),                                  # one direction
     ("rcb", "copy_(up.flip(1))", "copy_(up)"),
@@ -927,7 +927,7 @@ MUTATIONS = [
     ("rcb", "clamp_min(2 * TINY)", "clamp_min(TINY)"),                                              # slope at C = 0
     ("rcb", "torch.maximum(i, j)]", "torch.minimum(i, j)]"),
     ("rcb", "* share[labels[i], j]", "* share[labels[j], i]"),                                      # from j to i
-    ("rcb", "share[labels[rows]].any(0)", "share[labels[rows[:1]]].any(0)"),                        # of one region only
+    ("rcb", "share[labels[pixels]].any(0)", "share[labels[pixels[:1]]].any(0)"),                    # of one region only
     ("context", "B = _at_least_float32(boundary).sigmoid()", "B = _at_least_float32(boundary).tanh()"),
     ("context", "C = _at_least_float32(coarse).softmax(1)", "C = _at_least_float32(coarse).softmax(2)"),     # rows
     ("context", "torch.cat((A, self.norm(O)), 1)", "torch.cat((A, O), 1)"),
