@@ -41,8 +41,8 @@ How the paper is read where it is silent or contradicts itself (docs/differences
     R5   eq. 5: the mean runs over all of R_q, i included
     R6   phi: the min(K, |R_q|) highest J; ties go to the lower-numbered pixel
     R7   eq. 6: the softmax runs over R_q without its representatives; over nothing, the sum is 0
-    R8   eq. 7: a softmax for each other region on its own; their mean, where the sum as printed drowns a region's own
-         word in those of all others
+    R8   eq. 7: a softmax for each other region on its own; their mean, so that all others together weigh as much as
+         the region's own word, which is one of Q in the sum as printed
     R9   eqs. 6-8: no 1 / sqrt(M) in the exponentials, as printed
     R10  Table 1: with one cue F = 1 - D or F = 1 - E; without eqs. 6 and 8, A^g reaches only representatives
     R11  boundary target: two classes within radius 2, max-pooled to B's grid; ignored pixels make no boundary
@@ -314,8 +314,8 @@ def inter_region_interaction(Al: Tensor, J: Tensor, labels: Tensor, reps: Tensor
               W^g_{q,s,k,i} = \frac{\exp(A^l_{q,k} (J(p_{s,i}) A^l_{s,i})^\top)}
                                    {\sum_{p_{s,j} \in \phi(R_s)} \exp(A^l_{q,k} (J(p_{s,j}) A^l_{s,j})^\top)}
 
-    The weights are normalised for each source region s on its own. The paper has no 1 / (Q - 1): then A^g is nearly
-    the same sum for all regions, in which a region's own word is one of Q (R8). mean=False leaves it out, as printed.
+    The weights are normalised for each source region s on its own. The paper has no 1 / (Q - 1): there a
+    region's own word is one of Q, and counts less the more regions there are (R8). mean=False is as printed.
 
     A^l [P, M], J [HW], labels [HW], reps [P] -> A^g [P, M]; W^g (here Wi) [P, P], 0 within a region.
     Gradient: to A^l and J.

@@ -913,9 +913,9 @@ MUTATIONS = [
     ("rcb", "torch.cat(sums, 1) / size[..., None]", "torch.cat(sums, 1)"),                          # sum, no mean
     ("rcb", "(dJ[..., None] * means).sum((0, 1))", "means.sum((0, 1))"),
     ("rcb", "torch.autograd.grad(regularize(member, Wg, B.shape), member, member)",
-     "(regularize(member, Wg, B.shape).detach(),)"),                                                 # no adjoint
+     "(regularize(member, Wg, B.shape).detach(),)"),                                                # no adjoint
     ("rcb", "dJ[i] / size[labels[i]]", "dJ[i]"),
-    ("modules", "torch.uint8 if max(H, W) < 256 else torch.int16", "torch.uint8"),                      # lines of 260
+    ("modules", "torch.uint8 if max(H, W) < 256 else torch.int16", "torch.uint8"),                  # lines of 260
     ("rcb", "torch.stack((T, T.flip(1)))", "torch.stack((T, T))"),                                  # one direction
     ("rcb", "copy_(up.flip(1))", "copy_(up)"),
     ("rcb", "(r, -L) if less else (-r, L)", "(-r, L)"),                                             # j > i
