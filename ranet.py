@@ -211,15 +211,17 @@ def connected_regions(G: Tensor) -> Tensor:
     G [HW, HW] bool, symmetric -> labels [HW]: 0..Q-1, numbered by their first pixel. Gradient: none.
     """
     _check(G=G)
-    n = len(G)
-    first = torch.arange(n, device=G.device)                    # [HW]  the lowest pixel known to be connected
+    n = G.shape[-1]                                             # RCB gives a batch [b, HW, HW], and gets [b, HW]
+    first = torch.arange(n, device=G.device).expand(G.shape[:-1])           # [HW]  the lowest pixel known to be connected
+    blocks = G.split(max(1, _way(G).block // first.numel()), -2)            # rows of G, a few at a time
     while True:
-        seen = torch.where(G, first, n).amin(1)                 # [HW]  over the neighbours
+        near = first.int()[..., None, :]                        # [1, HW]
+        seen = torch.cat([torch.where(g, near, n).amin(-1) for g in blocks], -1).long()      # [HW]  over the neighbours
         # Not i but the tree that i hangs from takes the lower number; then every pixel points at its root. So about
         # log(HW) rounds do.
-        last, first = first, first.scatter_reduce(0, first, seen, "amin")
+        last, first = first, first.scatter_reduce(-1, first, seen, "amin")
         for _ in range(n.bit_length()):
-            first = first[first]
+            first = first.gather(-1, first)
         if torch.equal(first, last):
             return _numbered(first)
 
@@ -642,7 +644,7 @@ class _RegionsOfBatch(torch.autograd.Function):
         few = max(1, _way(B).together // B[0].numel() ** 2)     # images
         parts = [_construct(*part, Wg, threshold, cues, join_lone) for part in zip(B.split(few), C.split(few))]
         labels, means = map(torch.cat, zip(*parts))             # [b, HW], [b, HW, k k]
-        ctx.cues, ctx.few = cues, few
+        ctx.cues = cues
         ctx.save_for_backward(B, C, Wg, labels, means)
         ctx.mark_non_differentiable(labels)
         return labels, (means * Wg.flatten()).sum(2).clamp(0, 1)    # sum over the offsets
@@ -654,10 +656,7 @@ class _RegionsOfBatch(torch.autograd.Function):
         dWg = (dJ[..., None] * means).sum((0, 1)).view_as(Wg)   # [k, k]  sum over images and pixels
         if not any(ctx.needs_input_grad[:2]):
             return None, None, dWg, None, None, None
-        grads = []
-        for part in zip(*(x.split(ctx.few) for x in (B, C, labels, dJ))):
-            steps = part[0] if ctx.cues == "semantic" else _steps(part[0])      # eq. 1 is not used
-            grads += [_gradient(*image, Wg, ctx.cues) for image in zip(*part, steps)]
+        grads = [_gradient(*image, Wg, ctx.cues) for image in zip(B, C, labels, dJ)]
         dB, dC = map(torch.stack, zip(*grads))                  # [b, H, W], [b, N, H, W]
         return dB, dC, dWg, None, None, None
 
@@ -693,7 +692,7 @@ def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, jo
     for a, z in blocks:
         g = mean_Fg(F, pixels[a:z], a) > threshold              # [b, rows, HW - a]  eq. 4
         G[:, a:z, a:], G[:, a:, a:z] = g, g.mT
-    labels = _components(G, rows)                               # [b, HW]
+    labels = connected_regions(G)                               # [b, HW]
     if join_lone:
         labels = torch.stack([_join(q, lambda i, f=f: mean_Fg(f[None], i), rows) for q, f in zip(labels, F)])
     size = torch.stack([q.bincount()[q] for q in labels])       # [b, HW]
@@ -767,20 +766,6 @@ def _divergence(Ci: Tensor, Cj: Tensor) -> Tensor:
     return _unit((own_i[:, :, None] + own_j[:, None] - joint) / 2)
 
 
-def _components(G: Tensor, rows: int) -> Tensor:
-    """`connected_regions` of b graphs [b, HW, HW] to labels [b, HW]."""
-    b, n = G.shape[:2]
-    first = torch.arange(n, device=G.device).repeat(b, 1)       # [b, HW]
-    while True:
-        near = first.int()[:, None]                             # [b, 1, HW]
-        seen = torch.cat([torch.where(g, near, n).amin(2) for g in G.split(rows, 1)], 1).long()     # [b, HW]
-        last, first = first, first.scatter_reduce(1, first, seen, "amin")
-        for _ in range(n.bit_length()):
-            first = first.gather(1, first)
-        if torch.equal(first, last):
-            return _numbered(first)
-
-
 def _join(labels: Tensor, mean_Fg: Callable, rows: int) -> Tensor:
     """`join_lone_pixels`; mean_Fg(i) [1, i, HW] is the mean of F^g_ij and F^g_ji, which only lone pixels i need."""
     size = labels.bincount()                                    # [Q]
@@ -796,23 +781,17 @@ def _join(labels: Tensor, mean_Fg: Callable, rows: int) -> Tensor:
     return _numbered(joined)
 
 
-def _steps(B: Tensor) -> Tensor:
-    """Where each line is highest: the first such step, [b, HW, HW], filled for i < j, for B [b, H, W]."""
-    (b, H, W), n = B.shape, B[0].numel()
-    steps = B.new_zeros(b, n, n, dtype=torch.uint8 if max(H, W) < 256 else torch.int16)
-    _way(B).lines(B, steps)
-    return steps
-
-
-def _gradient(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, steps: Tensor, Wg: Tensor,
-              cues: str) -> tuple[Tensor, Tensor]:
-    """The gradient of sum_i dJ_i J_i for one image: labels, dJ [HW] and `_steps` [HW, HW] to dB [H, W], dC [N, H, W].
+def _gradient(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, Wg: Tensor, cues: str) -> tuple[Tensor, Tensor]:
+    """The gradient of sum_i dJ_i J_i for one image: dJ [HW] to dB [H, W] and dC [N, H, W].
 
     It is a sum over pairs of pixels, of dJ_i / |R_q| share_q(j) F_ij, where q is i's region and share_q(j) the weight
     of F_ij in the sum of F^g_i over R_q: 0 except in R_q and around it. So rows of one region go together.
     """
-    size = labels.bincount()                                    # [Q]
+    size, n = labels.bincount(), len(labels)                    # [Q]
     rows = max(1, min(_way(B).rows, 2 ** 25 // C.numel()))
+    if cues != "semantic":                                      # [1, HW, HW]  where each line is highest, for i < j
+        steps = B.new_zeros(1, n, n, dtype=torch.uint8 if max(B.shape) < 256 else torch.int16)
+        _way(B).lines(B[None], steps)
     B, C = B.detach().requires_grad_(), C.detach().requires_grad_()
     with torch.enable_grad():
         member = labels == torch.arange(len(size), device=B.device)[:, None]    # [Q, HW]
@@ -822,7 +801,7 @@ def _gradient(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, steps: Tensor, W
             i, D, E = pixels[:, None], 0, 0                     # [rows, 1]
             j = share[labels[pixels]].any(0).nonzero()[:, 0]    # [columns]
             if cues != "semantic":
-                D = _on_line(B, i.int(), j.int(), steps[torch.minimum(i, j), torch.maximum(i, j)])
+                D = _on_line(B, i.int(), j.int(), steps[0, torch.minimum(i, j), torch.maximum(i, j)])
             if cues != "boundary":
                 E = _divergence(C.flatten(1)[None, :, pixels], C.flatten(1)[None, :, j])[0]
             weight = dJ[i] / size[labels[i]] * share[labels[i], j]      # [rows, columns]

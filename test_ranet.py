@@ -868,8 +868,7 @@ MUTATIONS = [
     ("eq4", "return (Fg + Fg.T) / 2 > threshold", "return (Fg + Fg) / 2 > threshold"),              # no transpose
     ("eq4", "return (Fg + Fg.T) / 2 > threshold", "return (Fg + Fg.T) / 2 >= threshold"),           # sgn(0) = 1
     ("eq4", "return (Fg + Fg.T) / 2 > threshold", "return Fg + Fg.T > threshold"),                  # missing half
-    ("regions", "            first = first[first]\n        if torch.equal(first, last):\n",
-     "            first = first[first]\n        if True:\n"),                                       # one round
+    ("regions", "if torch.equal(first, last):", "if True:"),                                        # one round
     ("regions", "((first == pixel).cumsum(-1) - 1)", "(first == pixel).cumsum(-1)"),                # numbered from 1
     ("eq5", "(Fg * same).sum(1)", "(Fg * same).sum(0)"),                                            # wrong axis
     ("eq5", "same.sum(1))  ", "len(Fg))  "),                                                        # mean over all
@@ -904,8 +903,6 @@ MUTATIONS = [
     ("lone", "S @ member / size).", "S @ member)."),                                                # sum, no mean
     ("lone", "mean.argmax(1), labels", "mean.argmin(1), labels"),                                   # the least attached
     ("lone", "return _numbered(torch.where(size", "return (torch.where(size"),                      # gaps in numbers
-    ("rcb", "            first = first.gather(1, first)\n        if torch.equal(first, last):\n",
-     "            first = first.gather(1, first)\n        if True:\n"),                             # one round
     ("rcb", "large = (size > 1)", "large = (size > 2)"),                                            # not to pairs
     ("rcb", "+ w * f[:, near, a:] for", "+ (w * x).view(len(f), -1, n)[..., a:] for"),              # one direction
     ("rcb", "(S @ member.to(S) / size[large]).", "(S @ member.to(S))."),                            # sum, no mean
@@ -915,7 +912,7 @@ MUTATIONS = [
     ("rcb", "torch.autograd.grad(regularize(member, Wg, B.shape), member, member)",
      "(regularize(member, Wg, B.shape).detach(),)"),                                                # no adjoint
     ("rcb", "dJ[i] / size[labels[i]]", "dJ[i]"),
-    ("modules", "torch.uint8 if max(H, W) < 256 else torch.int16", "torch.uint8"),                  # lines of 260
+    ("modules", "torch.uint8 if max(B.shape) < 256 else torch.int16", "torch.uint8"),                  # lines of 260
     ("rcb", "torch.stack((T, T.flip(1)))", "torch.stack((T, T))"),                                  # one direction
     ("rcb", "copy_(up.flip(1))", "copy_(up)"),
     ("rcb", "(r, -L) if less else (-r, L)", "(-r, L)"),                                             # j > i

@@ -122,32 +122,17 @@ def peak(call: Callable[[], None], device: str) -> float:
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))) / 2 ** 20
 
 
-def operations(n: int, N: int, k: int = 3) -> int:
-    """Operations of eqs. 1-5 on an n x n map. A multiply-add is 2; a maximum, a comparison, a logarithm are 1. D, E, F
-    and G are symmetric: two pixels are one pair in them, and two in F^g and J. The regions compare whole numbers."""
-    pixels, side = n * n, torch.arange(n)
-    pairs = pixels * (pixels + 1) // 2                          # i <= j
-    ways = (n - side) * torch.where(side > 0, 2, 1)             # [n]  ordered pairs so far apart on one axis
-    lengths = int((ways * ways[:, None] * torch.maximum(side, side[:, None])).sum())        # of all lines, both ways
-    return (3 * pixels * (n - 1) ** 2 + lengths // 2            # eq. 1: interpolation, once for each L and way; maxima
-            + 4 * N * pairs                                     # eq. 2: a logarithm, 2 U, a multiply-add
-            + 3 * pairs                                         # eq. 3
-            + 2 * k * k * pixels ** 2 + 3 * pairs               # eq. 4: smoothing, decision
-            + 2 * pixels ** 2)                                  # eq. 5
-
-
 @torch.no_grad()
 def count(name: str, n: int, M: int, N: int, device: str) -> tuple[int, int, str]:
     """Parameters, operations of a forward pass, and the numbers of regions and representatives."""
     block, inputs, _ = make(name, n, M, N, device)
     with FlopCounterMode(display=False) as counter:
         block(*inputs)
-    flops, regions = counter.get_total_flops(), ""
+    regions = ""
     if name in SCENES:
         size = block.context.rcb(*inputs[1:]).labels.flatten().bincount()       # [Q]
         regions = f"{len(size):,}, {int(size.clamp_max(8).sum()):,}"
-        flops += operations(n, N)
-    return sum(p.numel() for p in block.parameters()), flops, regions
+    return sum(p.numel() for p in block.parameters()), counter.get_total_flops(), regions
 
 
 def table(head: str, rows: list[list]) -> str:
@@ -166,10 +151,9 @@ def compare(n: int, M: int, N: int, rounds: int, device: str) -> None:
     print(table("block | parameters | GFLOP | time | MiB | regions, P", rows))
     print(f"""
 A is [{M} x {n} x {n}], with {N} classes. GFLOP: a forward pass, products of matrices and convolutions, a multiply-add
-being 2; for RANet also eqs. 1-5, counted by hand; no softmax, pooling or upsampling. Time, forward and backward: the
-median of the rounds ({rounds}), 1 being {statistics.median(seconds["plain"]):.3g} s. MiB: the most that both hold at
-once beyond module and inputs. In no row: RANet's two 1x1 heads for B and C
-({2 * M * (N + 1) * n * n / 1e9:.2f} GFLOP, {(M + 1) * (N + 1):,} parameters).""")
+being 2; eqs. 1-5 have none. Time, forward and backward: the median of the rounds ({rounds}), 1 being
+{statistics.median(seconds["plain"]):.3g} s. MiB: the most that both hold at once beyond module and inputs. In no row:
+RANet's two 1x1 heads for B and C ({2 * M * (N + 1) * n * n / 1e9:.2f} GFLOP, {(M + 1) * (N + 1):,} parameters).""")
 
 
 class Calls(TorchDispatchMode):
