@@ -212,8 +212,8 @@ def connected_regions(G: Tensor) -> Tensor:
     """
     _check(G=G)
     n = G.shape[-1]                                             # RCB gives a batch [b, HW, HW], and gets [b, HW]
-    first = torch.arange(n, device=G.device).expand(G.shape[:-1])           # [HW]  the lowest pixel known to be connected
-    blocks = G.split(max(1, _way(G).block // first.numel()), -2)            # rows of G, a few at a time
+    first = torch.arange(n, device=G.device).expand(G.shape[:-1])   # [HW]  the lowest pixel known to be connected
+    blocks = G.split(max(1, _way(G).block // first.numel()), -2)    # rows of G, a few at a time
     while True:
         near = first.int()[..., None, :]                        # [1, HW]
         seen = torch.cat([torch.where(g, near, n).amin(-1) for g in blocks], -1).long()      # [HW]  over the neighbours
@@ -445,9 +445,11 @@ class RCB(nn.Module):
         _check("b ", B=B, C=C)
         with torch.autocast(B.device.type, enabled=False):
             B, C = _at_least_float32(B), _at_least_float32(C)
-            if not self.joint:
-                B, C = B.detach(), C.detach()
-            labels, J = _RegionsOfBatch.apply(B, C, self.kernel().to(B), self.threshold, self.cues, self.join_lone)
+            Wg = self.kernel().to(B)                            # [k, k]
+            labels, means = _construct(B, C, Wg, self.threshold, self.cues, self.join_lone)     # [b, HW], [b, HW, k k]
+            J = _unit((means * Wg.flatten()).sum(2))            # [b, HW]  eq. 5, as a sum over the offsets of W^g
+            if self.joint:
+                J = _Joint.apply(J, B, C, Wg.detach(), labels, self.cues)
         return Regions(labels.view(B.shape), J.view(B.shape))
 
 
@@ -636,47 +638,46 @@ def _way(x: Tensor) -> _Way:
     return _Way(2 ** 25, 128, 2 ** 27, _gathers)
 
 
-class _RegionsOfBatch(torch.autograd.Function):
-    """`construct_regions` for a batch: B [b, H, W], C [b, N, H, W], W^g [k, k] to labels and J, [b, HW] each."""
+class _Joint(torch.autograd.Function):
+    """J [b, HW] as it is; but what its gradient does to B [b, H, W] and C [b, N, H, W] goes to them, too."""
 
     @staticmethod
-    def forward(ctx, B, C, Wg, threshold, cues, join_lone):
-        few = max(1, _way(B).together // B[0].numel() ** 2)     # images
-        parts = [_construct(*part, Wg, threshold, cues, join_lone) for part in zip(B.split(few), C.split(few))]
-        labels, means = map(torch.cat, zip(*parts))             # [b, HW], [b, HW, k k]
+    def forward(ctx, J, B, C, Wg, labels, cues):
         ctx.cues = cues
-        ctx.save_for_backward(B, C, Wg, labels, means)
-        ctx.mark_non_differentiable(labels)
-        return labels, (means * Wg.flatten()).sum(2).clamp(0, 1)    # sum over the offsets
+        ctx.save_for_backward(B, C, Wg, labels)
+        return J.view_as(J)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, _, dJ):
-        B, C, Wg, labels, means = ctx.saved_tensors
-        dWg = (dJ[..., None] * means).sum((0, 1)).view_as(Wg)   # [k, k]  sum over images and pixels
-        if not any(ctx.needs_input_grad[:2]):
-            return None, None, dWg, None, None, None
+    def backward(ctx, dJ):
+        B, C, Wg, labels = ctx.saved_tensors
         grads = [_gradient(*image, Wg, ctx.cues) for image in zip(B, C, labels, dJ)]
         dB, dC = map(torch.stack, zip(*grads))                  # [b, H, W], [b, N, H, W]
-        return dB, dC, dWg, None, None, None
+        return dJ, dB, dC, None, None, None
 
 
+@torch.no_grad()
 def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, join_lone: bool) -> tuple[Tensor, Tensor]:
-    """Eqs. 1-5 without autograd: B [b, H, W], C [b, N, H, W], W^g [k, k] to labels [b, HW] and means [b, HW, k k], for
-    each offset of W^g the mean of F there over the pixels of i's region: J is their sum, weighted by W^g."""
-    (b, H, W), n, C, k, way = B.shape, B[0].numel(), C.flatten(2), len(Wg), _way(B)     # C [b, N, HW]
+    """Eqs. 1-5: B [b, H, W], C [b, N, H, W], W^g [k, k] to labels [b, HW] and means [b, HW, k k], for each offset of
+    W^g the mean of F there over the pixels of i's region: J is their sum, weighted by W^g."""
+    (b, H, W), n, k, way = B.shape, B[0].numel(), len(Wg), _way(B)
+    few = max(1, way.together // n ** 2)                        # images
+    if b > few:
+        parts = [_construct(*part, Wg, threshold, cues, join_lone) for part in zip(B.split(few), C.split(few))]
+        return tuple(map(torch.cat, zip(*parts)))
+    C = C.flatten(2)                                            # [b, N, HW]
     F = B.new_zeros(b, n, n)                                    # [b, HW, HW]  holds D, then F
     G = torch.empty(b, n, n, dtype=torch.bool, device=B.device)     # [b, HW, HW]
     if cues != "semantic":
         F.diagonal(0, 1, 2).copy_(B.flatten(1))
         way.lines(B, F)                                         # eq. 1
     rows = max(1, way.block // (b * n))
-    few = max(1, way.block // (b * C.shape[1] * rows))
+    columns = max(1, way.block // (b * C.shape[1] * rows))
     blocks = [(a, min(a + rows, n)) for a in range(0, n, rows)]
     for a, z in blocks:
         D, E = F[:, a:z, a:], 0                                 # [b, rows, HW - a]
         if cues != "boundary":
-            E = torch.cat([_divergence(C[..., a:z], c) for c in C[..., a:].split(few, 2)], 2)   # eq. 2
+            E = torch.cat([_divergence(C[..., a:z], c) for c in C[..., a:].split(columns, 2)], 2)   # eq. 2
         D.copy_(region_attention(D, E))                         # eq. 3, for i <= j
         F[:, a:z, a:z].copy_(F[:, a:z, a:z].triu() + F[:, a:z, a:z].triu(1).mT)
         F[:, z:, a:z] = F[:, a:z, z:].mT
@@ -806,7 +807,7 @@ def _gradient(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, Wg: Tensor, cues
                 E = _divergence(C.flatten(1)[None, :, pixels], C.flatten(1)[None, :, j])[0]
             weight = dJ[i] / size[labels[i]] * share[labels[i], j]      # [rows, columns]
             (weight * region_attention(D, E)).sum().backward()          # over the pairs
-    return torch.zeros_like(B) if B.grad is None else B.grad, torch.zeros_like(C) if C.grad is None else C.grad
+    return tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in (B, C))
 
 
 # --- Bad input: one line that names the argument, what was expected and what came ------------------------
