@@ -18,8 +18,6 @@ sys.path[:0] = [str(Path(__file__).parent.parent)]
 import ranet
 from data import boundary_mask, load
 
-torch.set_grad_enabled(False)
-
 
 def maps(label: Tensor, N: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """B [H, W] and C [N, H, W] of a label map [h, w]."""
@@ -66,6 +64,7 @@ def boundary_target(labels: list[Tensor]) -> None:
           f"these cells\n{taught:.0%} of the pixels are boundary: what a loss at image size teaches B there.")
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="a data set in the layout of `folder`")

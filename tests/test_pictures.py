@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
 """docs/pictures.py: do the tiles show the numbers of ranet.py, and is each in its place?"""
+import copy
+import math
 import sys
 from pathlib import Path
 
+import differences
 import inside
 import pictures
 import pytest
+import scipy.stats
 import torch
 from pictures import GAP, SIDE, TOP, heat
 from PIL import Image
@@ -123,12 +127,22 @@ def test_line_shows_the_samples_of_eq1(tmp_path, monkeypatch):
         assert picture.getpixel((3 * 64 + 32 + 4, round((9 / 7 + 0.5) * 64))) == tuple(heat(value.view(1, 1)).flatten())
 
 
-def test_inside_counts_by_hand_and_runs(trained, monkeypatch, capsys):
-    weights = torch.tensor([[0.25] * 4, [1.0, 0, 0, 0], [0.5, 0.5, 0, 0]])
-    assert inside.effective(weights, 1).tolist() == pytest.approx([4, 1, 2])
-    assert inside.spread(torch.tensor([[0.0, 0], [3, 4], [0, 0]]), 3) == pytest.approx(10 / 3)
+def test_inside_counts_by_hand_and_runs(drawn, trained, monkeypatch, capsys):
+    assert inside.spread(torch.tensor([[0.0, 0], [3, 4], [0, 0]])) == pytest.approx(10 / 3)
+    (given, image, maps), label, size = drawn, data.load("ribbons", split="val")[9][1], drawn[2].labels.bincount()
+    model, large = copy.deepcopy(given), [p for p, i in enumerate(maps.reps) if size[maps.labels[i]] > 32]
+    share, attended, among, distance = inside.look(model, image).tolist()
+    weighed = sorted(math.exp(scipy.stats.entropy(maps.Wl[p])) for p in large)
+    assert attended == pytest.approx(weighed[(len(large) - 1) // 2], rel=1e-4)      # the lower median
+    assert among in size - 8 and 0 < share < 1 and 0 < distance < 2
+    assert len(set(inside.scores(model, [(image, label)], 7))) == 4
+    B, C = differences.maps(label, 7, (24, 24))                 # now the network's regions are the label's
+    model.boundary.forward, model.semantic.forward = lambda A: B.logit()[None, None], lambda A: C.log()[None]
+    found = inside.scores(model, [(image, label)], 7)
+    assert found[0] == found[3] and len(set(found)) == 3
+    model.norm.weight.data.zero_()
+    assert inside.scores(model, [(image, label)], 7) == [found[1]] * 4 and inside.look(model, image)[0] == 0
     monkeypatch.setattr(sys, "argv", ["inside.py", str(trained[0]), "--images", "2"])
     inside.main()
     head, _, row = capsys.readouterr().out.splitlines()
-    share, Q, *_ = (float(x) for x in row.split("|")[2:-1])
-    assert head.count("|") == row.count("|") and 0 < share < 1 and Q >= 1
+    assert head.count("|") == row.count("|") == 10
