@@ -73,7 +73,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-TINY = 2.0 ** -24   # log2 C has no slope at C = 0: below this, C takes the slope it has here (R2)
+TINY = 2.0 ** -24   # log2 C has no slope at C = 0: below this, C takes the slope it has here
 
 
 # --- Section 3.1: the region construction block ----------------------------------------------------------
@@ -113,7 +113,7 @@ def _line(i: Tensor, j: Tensor, step: Tensor, W: int, dtype: torch.dtype) -> tup
     or from its left end if it is wider than high. Integers whose shapes broadcast to the results'."""
     dy, dx = j // W - i // W, j % W - i % W
     wide = dy.abs() < dx.abs()
-    back = torch.where(wide, dx, dy) < 0                        # j is that end
+    back = torch.where(wide, dx, dy) < 0                        # j is where it starts
     start, dy, dx = torch.where(back, j, i), torch.where(back, -dy, dy), torch.where(back, -dx, dx)
     L = torch.where(wide, dx, dy).clamp_min(1)
     step = torch.minimum(step, L)
@@ -180,11 +180,11 @@ def regularize(F: Tensor, Wg: Tensor, size: tuple[int, int]) -> Tensor:
     return sum(w * x for w, x in zip(Wg.flatten(), _shifted(F, len(Wg), size))).flatten(1)      # [HW, HW]
 
 
-def _shifted(rows: Tensor, k: int, size: tuple[int, int]) -> Iterator[Tensor]:
-    """For each offset of a k x k kernel what `rows` [rows, HW] have at that offset from every pixel: [rows, H, W]."""
+def _shifted(maps: Tensor, k: int, size: tuple[int, int]) -> Iterator[Tensor]:
+    """For each offset of a k x k kernel what maps [r, HW] have at that offset from every pixel: [r, H, W]."""
     H, W = size
-    maps = rows.reshape(1, -1, H, W)                            # [1, rows, H, W]
-    maps = nn.functional.pad(maps, (k // 2,) * 4, mode="replicate")[0]   # [rows, H + k - 1, W + k - 1]
+    maps = maps.reshape(1, -1, H, W)                            # [1, r, H, W]
+    maps = nn.functional.pad(maps, (k // 2,) * 4, mode="replicate")[0]      # [r, H + k - 1, W + k - 1]
     return (maps[:, a:a + H, b:b + W] for a in range(k) for b in range(k))
 
 
@@ -211,9 +211,9 @@ def connected_regions(G: Tensor) -> Tensor:
     G [HW, HW] bool, symmetric -> labels [HW]: 0..Q-1, numbered by their first pixel. Gradient: none.
     """
     _check(G=G)
-    n = G.shape[-1]                                             # RCB gives a batch [b, HW, HW], and gets [b, HW]
+    n = G.shape[-1]                                             # from RCB, b stands before all shapes
     first = torch.arange(n, device=G.device).expand(G.shape[:-1])   # [HW]  the lowest pixel known to be connected
-    blocks = G.split(max(1, _way(G).block // first.numel()), -2)    # rows of G, a few at a time
+    blocks = G.split(max(1, _way(G).block // first.numel()), -2)    # a few rows of G at a time, for memory
     while True:
         near = first.int()[..., None, :]                        # [1, HW]
         seen = torch.cat([torch.where(g, near, n).amin(-1) for g in blocks], -1).long()      # [HW]  over the neighbours
@@ -370,10 +370,9 @@ def construct_regions(B: Tensor, C: Tensor, Wg: Tensor, threshold: float = 0.8, 
     """
     _check(B=B, C=C, Wg=Wg)
     _check_settings(cues=cues, threshold=threshold)
-    D = boundary_probability(B)                                 # [HW, HW]  eq. 1
-    E = semantic_divergence(C)                                  # [HW, HW]  eq. 2
-    zero = torch.zeros_like(D)
-    F = region_attention(zero if cues == "semantic" else D, zero if cues == "boundary" else E)     # eq. 3 (R10)
+    D = 0 if cues == "semantic" else boundary_probability(B)    # [HW, HW]  eq. 1 (R10)
+    E = 0 if cues == "boundary" else semantic_divergence(C)     # [HW, HW]  eq. 2
+    F = region_attention(D, E)                                  # [HW, HW]  eq. 3
     Fg = regularize(F, Wg, B.shape)                             # [HW, HW]  eq. 4
     labels = connected_regions(region_decision(Fg, threshold))  # [HW]
     if join_lone:
@@ -410,7 +409,8 @@ class Regions(NamedTuple):
 class RCB(nn.Module):
     r"""The region construction block, eqs. 1-5: cuts each image of a batch into regions.
 
-    `construct_regions` of each image. Memory on a CPU, in float32: five bytes a pair forward; if joint, one backward.
+    `construct_regions` of each image. Memory on a CPU, in float32: five bytes a pair of pixels forward; if joint, one
+    backward, and some numbers for each region and pixel.
 
     kernel_size: k of W^g, odd. W^g is the softmax of k x k logits, so that F^g and J stay in [0, 1]; at the
         start its centre weighs 0.87 (k = 3). With k = 1 there is no parameter and F^g = F.
@@ -448,7 +448,7 @@ class RCB(nn.Module):
             Wg = self.kernel().to(B)                            # [k, k]
             labels, means = _construct(B, C, Wg, self.threshold, self.cues, self.join_lone)     # [b, HW], [b, HW, k k]
             J = _unit((means * Wg.flatten()).sum(2))            # [b, HW]  eq. 5, as a sum over the offsets of W^g
-            if self.joint:
+            if self.joint and (B.requires_grad or C.requires_grad):
                 J = _Joint.apply(J, B, C, Wg.detach(), labels, self.cues)
         return Regions(labels.view(B.shape), J.view(B.shape))
 
@@ -481,9 +481,9 @@ class RIB(nn.Module):
         contexts = []                                           # b times [HW, M]
         with torch.autocast(A.device.type, enabled=False):
             pixels = _at_least_float32(A).flatten(2).mT         # [b, HW, M]
-            for image in zip(pixels, J.flatten(1).to(pixels.dtype), labels.flatten(1)):
-                _check(**dict(zip(("A", "J", "labels"), image)))
-                contexts.append(exchange_context(*image, self.representatives, self.intra, self.inter, self.mean))
+            for a, j, q in zip(pixels, J.flatten(1).to(pixels.dtype), labels.flatten(1)):
+                _check(A=a, J=j, labels=q)
+                contexts.append(exchange_context(a, j, q, self.representatives, self.intra, self.inter, self.mean))
         return torch.stack(contexts).mT.reshape(A.shape).to(A.dtype)
 
 
@@ -634,18 +634,19 @@ class _Way(NamedTuple):
 
 def _way(x: Tensor) -> _Way:
     if x.device.type == "cpu":
-        return _Way(2 ** 19, 32, 2 ** 22, _walks)
-    return _Way(2 ** 25, 128, 2 ** 27, _gathers)
+        return _Way(block=2 ** 19, rows=32, together=2 ** 22, lines=_walks)
+    return _Way(block=2 ** 25, rows=128, together=2 ** 27, lines=_gathers)
 
 
 class _Joint(torch.autograd.Function):
-    """J [b, HW] as it is; but what its gradient does to B [b, H, W] and C [b, N, H, W] goes to them, too."""
+    """J [b, HW] as it is. Backward, its gradient goes on as it is, too, and through eqs. 1-5, computed once more, to
+    B [b, H, W] and C [b, N, H, W]."""
 
     @staticmethod
     def forward(ctx, J, B, C, Wg, labels, cues):
         ctx.cues = cues
         ctx.save_for_backward(B, C, Wg, labels)
-        return J.view_as(J)
+        return J.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -658,10 +659,10 @@ class _Joint(torch.autograd.Function):
 
 @torch.no_grad()
 def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, join_lone: bool) -> tuple[Tensor, Tensor]:
-    """Eqs. 1-5: B [b, H, W], C [b, N, H, W], W^g [k, k] to labels [b, HW] and means [b, HW, k k], for each offset of
-    W^g the mean of F there over the pixels of i's region: J is their sum, weighted by W^g."""
+    """Eqs. 1-5 without a graph: B [b, H, W], C [b, N, H, W], W^g [k, k] to labels [b, HW] and means [b, HW, k k], for
+    each offset of W^g the mean of F there over the pixels of i's region: J is their sum, weighted by W^g."""
     (b, H, W), n, k, way = B.shape, B[0].numel(), len(Wg), _way(B)
-    few = max(1, way.together // n ** 2)                        # images
+    few = max(1, way.together // n ** 2)                        # images at once
     if b > few:
         parts = [_construct(*part, Wg, threshold, cues, join_lone) for part in zip(B.split(few), C.split(few))]
         return tuple(map(torch.cat, zip(*parts)))
@@ -685,8 +686,8 @@ def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, jo
     at = torch.cat([*_shifted(pixels[None].float(), k, (H, W))]).flatten(1).long()          # [k k, HW]  by offset
 
     def mean_Fg(f: Tensor, i: Tensor, a: int = 0) -> Tensor:
-        """(F^g_ij + F^g_ji) / 2 for pixels i and j >= a, [b, i, HW - a]. f is F, or one image of it: symmetric, so
-        F^g_ji is F_ji smoothed over i."""
+        """(F^g_ij + F^g_ji) / 2 for some pixels i and all j >= a, [b, len(i), HW - a]. f is F, or one image of it; as
+        it is symmetric, F^g_ji is F_ji smoothed over i."""
         parts = zip(Wg.flatten(), _shifted(f[:, i], k, (H, W)), at[:, i])
         return sum((w * x).view(len(f), -1, n)[..., a:] + w * f[:, near, a:] for w, x, near in parts) / 2
 
@@ -695,7 +696,7 @@ def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, jo
         G[:, a:z, a:], G[:, a:, a:z] = g, g.mT
     labels = connected_regions(G)                               # [b, HW]
     if join_lone:
-        labels = torch.stack([_join(q, lambda i, f=f: mean_Fg(f[None], i), rows) for q, f in zip(labels, F)])
+        labels = torch.stack([_join(q, lambda i: mean_Fg(f[None], i), rows) for q, f in zip(labels, F)])
     size = torch.stack([q.bincount()[q] for q in labels])       # [b, HW]
     sums = []
     for a, z in blocks:
@@ -741,7 +742,7 @@ def _gathers(B: Tensor, out: Tensor) -> None:
     """The samples of all lines of one L are gathered by one call."""
     for field, pairs, less in _axes(B, out):
         b, h, w = field.shape
-        slope = torch.cat((field.diff(dim=1), torch.zeros_like(field[:, :1])), 1)       # [b, h, w]
+        slope = field.diff(dim=1, append=field[:, -1:])         # [b, h, w]
         x = torch.arange(w, device=B.device)                    # [w]
         y, r = x.new_tensor([(y, end - y) for y in range(h) for end in range(h)]).T     # [h h] each
         y, r = (k[r.abs().argsort(stable=True), None] for k in (y, r))          # [h h, 1]  the flattest lines first
@@ -789,14 +790,13 @@ def _gradient(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, Wg: Tensor, cues
     of F_ij in the sum of F^g_i over R_q: 0 except in R_q and around it. So rows of one region go together.
     """
     size, n = labels.bincount(), len(labels)                    # [Q]
-    rows = max(1, min(_way(B).rows, 2 ** 25 // C.numel()))
-    if cues != "semantic":                                      # [1, HW, HW]  where each line is highest, for i < j
-        steps = B.new_zeros(1, n, n, dtype=torch.uint8 if max(B.shape) < 256 else torch.int16)
+    rows = max(1, min(_way(B).rows, 2 ** 25 // C.numel()))      # [N, rows, HW] stays below 2^25 numbers
+    if cues != "semantic":                                      # at which step each line is highest, for i < j
+        steps = B.new_zeros(1, n, n, dtype=torch.uint8 if max(B.shape) < 256 else torch.int16)      # [1, HW, HW]
         _way(B).lines(B[None], steps)
     B, C = B.detach().requires_grad_(), C.detach().requires_grad_()
     with torch.enable_grad():
-        member = labels == torch.arange(len(size), device=B.device)[:, None]    # [Q, HW]
-        member = member.to(B).requires_grad_()
+        member = (labels == torch.arange(len(size), device=B.device)[:, None]).to(B).requires_grad_()   # [Q, HW]
         share, = torch.autograd.grad(regularize(member, Wg, B.shape), member, member)        # [Q, HW]
         for pixels in labels.argsort(stable=True).split(rows):
             i, D, E = pixels[:, None], 0, 0                     # [rows, 1]
@@ -836,8 +836,8 @@ KINDS = {"G": torch.bool, "labels": torch.int64, "reps": torch.int64}       # th
 
 
 def _check(batch: str = "", **given: Tensor) -> None:
-    """In the order given: whoever does not fit what stands before it is named. What an equation is given by another
-    function of this file has been checked at that one's door."""
+    """In the order given: the first that does not fit those before it is named. What one function of this file gives
+    another has been checked at the first one's door."""
     if sys._getframe(2).f_globals is globals():
         return
     sizes, floating = {}, None
@@ -853,22 +853,20 @@ def _check(batch: str = "", **given: Tensor) -> None:
 
 
 def _check_values(name: str, x: Tensor, labels: Tensor | None) -> None:
+    if name == "G":
+        return _expect(torch.equal(x, x.T), name, "a symmetric matrix", "one with G_ij != G_ji")
+    low, high = (bound.item() for bound in x.aminmax())         # NaN is both
     if name in ("A", "Al", "Ag"):
-        _expect(bool(x.isfinite().all()), name, "finite features", "inf or nan")
-    elif name == "G":
-        _expect(torch.equal(x, x.T), name, "a symmetric matrix", "one with G_ij != G_ji")
+        _expect(max(-low, high) < float("inf"), name, "finite features", "inf or nan")
     elif name == "labels":
-        low, high = int(x.min()), int(x.max())
         ok = low == 0 and high < len(x) and bool((x.bincount() > 0).all())
         _expect(ok, name, "regions 0..Q-1, none of them empty", f"numbers from {low} to {high}")
     elif name == "reps":
-        low, high = int(x.min()), int(x.max())
         _expect(0 <= low and high < len(labels), name, f"pixels 0..{len(labels) - 1}", f"numbers from {low} to {high}")
         q = labels[x]
         ok = bool((q.diff() >= 0).all()) and len(q.unique()) == int(labels.max()) + 1 and len(x.unique()) == len(x)
         _expect(ok, name, "different pixels of every region, by region", str(x.tolist()[:9]))
     else:
-        low, high = (bound.item() for bound in x.aminmax())
         ok = low >= -1e-6 and high <= 1 + 1e-6                  # what rounding may add; NaN fails
         _expect(ok, name, "numbers in [0, 1]", f"some from {low:g} to {high:g}")
     if name in ("C", "Wg"):

@@ -3,7 +3,7 @@
 
     python docs/inside.py runs/ribbons-ranet/last.pt ... [--images 30]
 
-On whole images of val, evenly spaced. Left, mIoU in %: with the regions of RCB; without O; with one region; with the
+On whole images of val, evenly spaced. Left, mIoU in %: as trained; with O at 0; with one region; with the
 regions that RCB makes of the label's own classes and boundaries. J is RCB's in all. Right, means over the images: the
 share of O in the sum that the fusion forms; how many pixels eq. 6 attends to, out of those it can choose from; how far
 the representatives of a region lie from each other, relative to its pixels.
@@ -67,8 +67,8 @@ def look(model: ranet.RANet, image: Tensor) -> Tensor:
     large = size[region] > 4 * K                                # [P]  where eq. 6 has a choice
     place = torch.cartesian_prod(torch.arange(H), torch.arange(W)).float()      # [HW, 2]
     apart = [spread(place[reps[region == q]]) / spread(place[labels == q]) for q in region[large].unique()]
-    return torch.tensor([of_O / (of_A + of_O), effective(Wl[large]).median(), (size[region] - K)[large].float().median(),
-                         sum(apart) / len(apart)])
+    attended, among = effective(Wl[large]).median(), (size[region] - K)[large].float().median()
+    return torch.tensor([of_O / (of_A + of_O), attended, among, sum(apart) / len(apart)])
 
 
 def main() -> None:
@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--images", type=int, default=30)
     args = parser.parse_args()
-    print("| checkpoint | mIoU | without O | one region | the label's regions | share of O | eq. 6 attends to | of pixels"
-          " | representatives' distance |\n" + "|---" * 9 + "|")
+    print("| checkpoint | as trained | O = 0 | one region | the label's | share of O | eq. 6 | of pixels | apart |")
+    print("|---" * 9 + "|")
     for path in args.checkpoints:
         checkpoint = read(path)
         settings, model = checkpoint["args"], restore(checkpoint, path, checkpoint["classes"]).eval()
