@@ -39,7 +39,7 @@ def thin_walls(n: int = 21) -> None:
 
 def region_sizes(labels: list[Tensor], N: int, side: int = 97) -> None:
     print(f"\nR4. Regions at {side} x {side} (means over {len(labels)} label maps, in brackets the lowest and highest)"
-          ":\n\n| lone pixels | cues | Q | pixels a region | lone pixels | P (K = 8) |\n" + "|---" * 6 + "|")
+          ":\n\n| lone pixels | cues | Q | pixels a region | alone | P (K = 8) |\n" + "|---" * 6 + "|")
     for join, cues in ((False, "both"), (True, "both"), (True, "boundary"), (True, "semantic")):
         rows = []
         for label in labels:
