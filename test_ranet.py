@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import scipy
 import torch
-from hypothesis import Phase, assume, given, settings
+from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 import ranet
@@ -419,6 +419,12 @@ def test_eq8_equals_the_loop(x):
     agree(ranet.intra_region_distribution, slow_eq8, x[0], 2 - x[0][x[3]], *x[1:])
 
 
+def eight_pixels():
+    labels, A, J = torch.tensor([0, 0, 1, 0, 2, 1, 1, 0]), noise(8, 3, draw=torch.randn), noise(8)
+    return A, J, labels, ranet.select_representatives(J, labels, 2)
+
+
+@example(eight_pixels(), True, True, False)                     # not left to chance: the sum, of three regions
 @given(interactions(), st.booleans(), st.booleans(), st.booleans())
 def test_eq8_follows_eqs_6_and_7(x, intra, inter, mean):
     A, J, labels, reps = (t.numpy() for t in x)
@@ -434,10 +440,8 @@ def test_eq8_follows_eqs_6_and_7(x, intra, inter, mean):
 
 
 def gradient_of(function):
-    labels = torch.tensor([0, 0, 1, 0, 2, 1, 1, 0])
-    A, J = noise(8, 3, draw=torch.randn).requires_grad_(), noise(8).requires_grad_()
-    reps = ranet.select_representatives(J.detach(), labels, 2)
-    return torch.autograd.gradcheck(lambda A, J: function(A, J, labels, reps), (A, J))
+    A, J, labels, reps = eight_pixels()
+    return torch.autograd.gradcheck(lambda A, J: function(A, J, labels, reps), (A.requires_grad_(), J.requires_grad_()))
 
 
 def test_eq6_gradient():
