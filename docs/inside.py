@@ -81,7 +81,8 @@ def main() -> None:
     for path in args.checkpoints:
         checkpoint = read(path)
         settings, model = checkpoint["args"], restore(checkpoint, path, checkpoint["classes"]).eval()
-        data, n = load(settings["data"], settings["root"], "val"), args.images
+        data = load(settings["data"], settings["root"], "val")
+        n = min(args.images, len(data))
         images = [data[i * len(data) // n] for i in range(n)]
         seen = torch.stack([look(model, image) for image, _ in images]).nanmean(0).tolist()
         found = scores(model, images, len(data.classes))
