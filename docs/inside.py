@@ -3,10 +3,10 @@
 
     python docs/inside.py runs/ribbons-ranet/last.pt ... [--images 30]
 
-On whole images of val, evenly spaced. Left, mIoU in %: as trained; with O at 0; with one region; with the
-regions that RCB makes of the label's own classes and boundaries. J is RCB's in all. Right, means over the images: the
-share of O in the sum that the fusion forms; how many pixels eq. 6 attends to, out of those it can choose from; how far
-the representatives of a region lie from each other, relative to its pixels.
+On whole images of val, evenly spaced. Left, mIoU in %: as trained; with BN(O) at 0; with one region; with the regions
+that RCB makes of the label's own classes and boundaries. J is that of RCB's own regions in all. Right, means over the
+images: the share of O in the sum that the fusion forms; how many pixels eq. 6 attends to, out of those it can choose
+from; how far the representatives of a region lie from each other, relative to its pixels.
 """
 import argparse
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--images", type=int, default=30)
     args = parser.parse_args()
-    print("| checkpoint | as trained | O = 0 | one region | the label's | share of O | eq. 6 | of pixels | apart |")
+    print("| checkpoint | as trained | BN(O) = 0 | one region | the label's | share of O | eq. 6 | of pixels | apart |")
     print("|---" * 9 + "|")
     for path in args.checkpoints:
         checkpoint = read(path)

@@ -151,9 +151,10 @@ def compare(n: int, M: int, N: int, rounds: int, device: str) -> None:
     print(table("block | parameters | GFLOP | time | MiB | regions, P", rows))
     print(f"""
 A is [{M} x {n} x {n}], with {N} classes. GFLOP: a forward pass, products of matrices and convolutions, a multiply-add
-being 2; eqs. 1-5 have none. Time, forward and backward: the median of the rounds ({rounds}), 1 being
-{statistics.median(seconds["plain"]):.3g} s. MiB: the most that both hold at once beyond module and inputs. In no row:
-RANet's two 1x1 heads for B and C ({2 * M * (N + 1) * n * n / 1e9:.2f} GFLOP, {(M + 1) * (N + 1):,} parameters).""")
+being 2; eqs. 1-5 have none, joining lone pixels has. Time, forward and backward: the median of the rounds ({rounds}),
+1 being {statistics.median(seconds["plain"]):.3g} s. MiB: the most that both hold at once beyond module and inputs.
+In no row: RANet's two 1x1 heads for B and C
+({2 * M * (N + 1) * n * n / 1e9:.2f} GFLOP, {(M + 1) * (N + 1):,} parameters).""")
 
 
 class Calls(TorchDispatchMode):
