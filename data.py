@@ -30,11 +30,12 @@ import torch
 from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as pixels
+from tqdm import tqdm
 
 IGNORE = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # of ImageNet, for values 0..1
@@ -308,35 +309,32 @@ def cityscapes_label_ids(prediction: Tensor) -> Tensor:
     return torch.tensor([c.id for c in CITYSCAPES], dtype=torch.uint8)[prediction.long().cpu()]
 
 
-# Names, ids among the 459, and numbers in 59_labels.txt, where the 20 classes of VOC come first. Here alphabetically.
-PASCAL_CONTEXT, PASCAL_IDS, PASCAL_NUMBERS = zip(*re.findall(r"(\w+) (\d+) (\d+)", """
-aeroplane 2 1, bag 9 21, bed 18 22, bedclothes 19 52, bench 22 23, bicycle 23 2, bird 25 3, boat 31 4, book 33 24,
-bottle 34 5, building 44 25, bus 45 6, cabinet 46 26, car 59 7, cat 65 8, ceiling 68 27, chair 72 9, cloth 80 28,
-computer 85 29, cow 98 10, cup 104 30, curtain 105 42, dog 113 12, door 115 31, fence 144 32, floor 158 33,
-flower 159 34, food 162 35, grass 187 36, ground 189 37, horse 207 13, keyboard 220 38, light 232 39,
-motorbike 258 14, mountain 259 40, mouse 260 41, person 284 15, plate 295 45, platform 296 43, pottedplant 308 16,
-road 324 46, rock 326 47, sheep 347 17, shelves 349 48, sidewalk 354 49, sign 355 44, sky 360 50, snow 366 51,
-sofa 368 18, table 397 11, track 415 53, train 416 19, tree 420 54, truck 424 55, tvmonitor 427 20, wall 440 56,
-water 445 57, window 454 58, wood 458 59"""))
+# Names and ids among the 459.
+PASCAL_CONTEXT, PASCAL_IDS = zip(*re.findall(r"(\w+) (\d+)", """
+aeroplane 2, bag 9, bed 18, bedclothes 19, bench 22, bicycle 23, bird 25, boat 31, book 33, bottle 34, building 44,
+bus 45, cabinet 46, car 59, cat 65, ceiling 68, chair 72, cloth 80, computer 85, cow 98, cup 104, curtain 105, dog 113,
+door 115, fence 144, floor 158, flower 159, food 162, grass 187, ground 189, horse 207, keyboard 220, light 232,
+motorbike 258, mountain 259, mouse 260, person 284, plate 295, platform 296, pottedplant 308, road 324, rock 326,
+sheep 347, shelves 349, sidewalk 354, sign 355, sky 360, snow 366, sofa 368, table 397, track 415, train 416, tree 420,
+truck 424, tvmonitor 427, wall 440, water 445, window 454, wood 458"""))
 
 
 class PascalContext(Files):
-    """Expected folders: the images, a list of names, and one of three forms of labels:
+    """Expected folders: the images, a list of names, and one of two forms of labels:
 
         ROOT/JPEGImages/YYYY_NNNNNN.jpg
         ROOT/ImageSets/SegmentationContext/{train,val}.txt      or ROOT/ImageSets/Main/{train,val}.txt
         ROOT/trainval/YYYY_NNNNNN.mat                           the official 459 classes (LabelMap), or
-        ROOT/SegmentationClassContext/YYYY_NNNNNN.png           0 = background, 1..59 alphabetically, or
-        ROOT/59_context_labels/YYYY_NNNNNN.png                  0 = background, 1..59 as in 59_labels.txt
+        ROOT/SegmentationClassContext/YYYY_NNNNNN.png           0 = background, 1..59 alphabetically
 
-    All give the same classes, in alphabetical order. pascal_context ignores the background, pascal_context60 counts it.
+    Both give the same classes, in alphabetical order. pascal_context ignores the background, pascal_context60 counts it.
     """
     splits = {"train": ["train"], "val": ["val"], "trainval": ["train", "val"]}         # noqa: RUF012
     classes, palette = PASCAL_CONTEXT, tuple(distinct_colours(59))
     background, matrix = IGNORE, "LabelMap"
 
     def __init__(self, root: Path, split: str):
-        forms = {"trainval": PASCAL_IDS, "SegmentationClassContext": range(1, 60), "59_context_labels": PASCAL_NUMBERS}
+        forms = {"trainval": PASCAL_IDS, "SegmentationClassContext": range(1, 60)}
         labels = self.need(*(root / form for form in forms))
         end, rest = ("mat", range(460)) if labels.name == "trainval" else ("png", [0])
         ids = {int(id_): n for n, id_ in enumerate(forms[labels.name], len(self.classes) - 59)}
@@ -424,6 +422,17 @@ class Folder(Files):
 
 SETS = {"ribbons": Ribbons, "cityscapes": Cityscapes, "pascal_context": PascalContext,
         "pascal_context60": PascalContext60, "coco_stuff": CocoStuff, "folder": Folder}
+
+
+def label_pixels(pair: tuple[Tensor, Tensor]) -> Tensor:
+    return pair[1].flatten().bincount(minlength=256)            # [256]
+
+
+def look(data: Dataset, mine: range, workers: int, **bar) -> Tensor:
+    """[256]: how many pixels of these images have each label. Each picture and label is read once, so that what is
+    wrong with one is said before the work."""
+    loader = DataLoader(Subset(data, mine), batch_size=None, num_workers=workers, collate_fn=label_pixels)
+    return sum(tqdm(loader, **bar), torch.zeros(256, dtype=torch.int64))
 
 
 # --- From a data set to batches --------------------------------------------------------------------------

@@ -28,8 +28,9 @@ from torchvision.utils import draw_keypoints, draw_segmentation_masks, make_grid
 from tqdm import tqdm
 
 import ranet
-from data import PICTURES, DataError, cityscapes_label_ids, colorize, distinct_colours, load, normalize, read_image
-from launch import BAR, Where, flags, launch, look, number, one_line, writable
+from data import PICTURES, DataError, Files, cityscapes_label_ids, colorize, distinct_colours, load, look, normalize, \
+    read_image
+from launch import BAR, Where, flags, launch, number, one_line, writable
 from models import read, restore
 
 # --- Scores ----------------------------------------------------------------------------------------------
@@ -117,6 +118,23 @@ def evaluate(model: nn.Module, data, how: How, where: Where, label_maps: Path | 
                 name: {"fine": finite(f), "coarse": finite(c)} for name, f, c in zip(data.classes, fine, coarse)}}
 
 
+def survey(split: str, data, where: Where) -> None:
+    """Looks at all pictures and labels of a data set in files; says which classes are missing."""
+    if not isinstance(data, Files):
+        return
+    mine, bar = range(where.rank, len(data), where.world), {"desc": f"looking at the labels of {split}", **BAR}
+    pixels = look(data, mine, where.workers, disable=where.rank > 0, **bar).to(where.device)     # [256]
+    if where.world > 1:
+        dist.all_reduce(pixels)
+    missing = [name for name, count in zip(data.classes, pixels) if not count]
+    nothing = len(missing) == len(data.classes)
+    if nothing and split.startswith("train"):
+        sys.exit(f"{split}: nothing is labelled in its {len(data)} images")
+    if missing and where.rank == 0:
+        print(f"{split}: no pixel of {len(missing)} of {len(data.classes)} classes ({', '.join(missing[:5])})"
+              f"{', so there will be no score' * nothing}", flush=True)
+
+
 def report(result: dict, settings: argparse.Namespace, data, name: str, split: str, how: How, path: Path, **more):
     """Prints and writes what `evaluate` found on a split of a data set, for a network trained with `settings`."""
     seen = name == settings.data and (split.startswith("train") or split in settings.split)
@@ -142,7 +160,7 @@ def score(args: argparse.Namespace, where: Where) -> None:
     model = restore(args.saved, args.checkpoint, data.classes).to(where.device)
     label_maps = None if data.labelled else args.out / "cityscapes-test"
     writable(label_maps or args.out)
-    look(args.split, data, where)
+    survey(args.split, data, where)
     result = evaluate(model, data, args.how, where, label_maps)
     if where.rank == 0 and label_maps:
         print(f"{len(data)} label maps for the Cityscapes server in {label_maps}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What train.py and evaluate.py share: processes, flags, what is said of mistakes, and the look at the data."""
+"""What train.py and evaluate.py share: processes, flags, and what is said of mistakes."""
 import argparse
 import math
 import os
@@ -11,11 +11,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
-from data import SETS, Ribbons
+from data import SETS
 
 BAR = {"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 30}      # seconds; the latter in a file
 
@@ -109,27 +106,3 @@ def one_line(error: BaseException) -> str:
     if "shared memory" in str(error):
         return "this machine has too little shared memory for workers: raise it, or use --workers 0"
     return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def label_pixels(pair: tuple[Tensor, Tensor]) -> Tensor:
-    return pair[1].flatten().bincount(minlength=256)            # [256]
-
-
-def look(split: str, data, where: Where) -> None:
-    """Reads every picture and label of a data set in files once, each in one of the processes: what is wrong or missing
-    is named before the work."""
-    if isinstance(data, Ribbons):
-        return
-    mine = Subset(data, range(where.rank, len(data), where.world))
-    loader = DataLoader(mine, batch_size=None, num_workers=where.workers, collate_fn=label_pixels)
-    bar = tqdm(loader, f"looking at the labels of {split}", disable=where.rank > 0, **BAR)
-    pixels = sum(bar, torch.zeros(256, dtype=torch.int64)).to(where.device)
-    if where.world > 1:
-        dist.all_reduce(pixels)
-    missing = [name for name, count in zip(data.classes, pixels) if not count]
-    nothing = len(missing) == len(data.classes)
-    if nothing and split.startswith("train"):
-        sys.exit(f"{split}: nothing is labelled in its {len(data)} images")
-    if missing and where.rank == 0:
-        print(f"{split}: no pixel of {len(missing)} of {len(data.classes)} classes ({', '.join(missing[:5])})"
-              f"{', so there will be no score' * nothing}", flush=True)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Networks around ranet.py: backbones from timm, what Table 1 compares with, and their way from checkpoints.
+"""Networks around ranet.py: backbones from timm, what Table 1 compares with, and their checkpoints.
 
 Rn in a comment is a section of docs/differences.md.
 """
 import contextlib
+import io
 import itertools
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -131,6 +133,7 @@ class NonLocal(nn.Module):
 
 
 PEERS = {"none": lambda M: NoContext(), "spp": PyramidPooling, "nonlocal": NonLocal}
+# A variant of your own is one row, {options of RCB}, {options of RIB}: "tau05": ({"threshold": 0.5}, {}).
 RANETS = {"ranet": ({}, {}), "boundary": ({"cues": "boundary"}, {}), "semantic": ({"cues": "semantic"}, {}),
           "no-intra": ({}, {"intra": False}), "no-inter": ({}, {"inter": False}), "printed": ({}, {"mean": False}),
           "joint": ({"joint": True}, {})}
@@ -154,6 +157,26 @@ def build(settings: Namespace, num_classes: int, weights: str = "none") -> ranet
 
 
 # --- Checkpoints -----------------------------------------------------------------------------------------
+
+DRAWS = 2       # how train.py draws images, crops and dropout from a seed; a run that drew otherwise cannot go on
+
+
+def save(path: Path, checkpoint: dict) -> None:
+    """A kill or a full disk at any moment leaves the previous checkpoint whole."""
+    if not all(x.isfinite().all() for x in checkpoint["model"].values() if x.is_floating_point()):
+        raise ValueError("weights that are not finite")
+    whole, new = io.BytesIO(), path.with_name(path.name + ".tmp")
+    torch.save(checkpoint, whole)       # not into the file: torch hides what the disk says
+    try:
+        with open(new, "wb") as file:
+            file.write(whole.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise OSError(f"the checkpoint could not be written ({one_line(error)})") from None
+
 
 def read(path: str | Path) -> dict:
     try:

@@ -9,17 +9,16 @@
     python train.py --out runs/ribbons-ranet --resume                     a run that was stopped goes on
 
 A run writes into --out, a folder that all machines share: log.jsonl, last.pt (the checkpoint, for evaluate.py) and at
-its end metrics.json and overview.png. In a log line `regions` is Q, `singles` the share of pixels that are a region of
-their own, `mean_B` and `mean_J` the means of B and J. Rn in a comment is a section of docs/differences.md.
+its end metrics.json and overview.png. In a log line `regions` is Q, `largest` the share of an image that its largest
+region has, `mean_B` and `mean_J` the means of B and J. Rn in a comment is a section of docs/differences.md.
 """
 import argparse
-import io
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -28,9 +27,9 @@ from tqdm import tqdm
 
 import ranet
 from data import TrainingSet, load
-from evaluate import How, draw_overview, evaluate, report
-from launch import BAR, Where, flags, launch, look, number, one_line, writable
-from models import CONTEXTS, PEERS, build, read, restore
+from evaluate import How, draw_overview, evaluate, report, survey
+from launch import BAR, Where, flags, launch, number, one_line, writable
+from models import CONTEXTS, DRAWS, PEERS, build, read, restore, save
 
 # The settings of a run, which its checkpoint keeps: the paper's values for its data sets, or the field's (R12).
 PAPER = {"root": None, "split": "train", "backbone": "resnet101", "weights": None, "strides": None, "channels": None,
@@ -48,8 +47,9 @@ RECIPES = {
 
 def seed_of(seed: int, step: int, slot: int) -> int:
     """Seeds every random number of a step, so a resumed run needs no generator's state. Slots: 0..batch - 1 the images,
-    batch + rank the dropout of a process, 2 batch the order of the epoch `step`."""
-    return (seed << 44) + (step << 16) + slot
+    batch + rank the dropout of a process, 2 batch the order of the epoch `step`. A hash, since torch keeps no more than
+    the low 32 bits of a seed: what is drawn depends on all of the three."""
+    return int(np.random.SeedSequence((seed, step, slot)).generate_state(1)[0])
 
 
 def order(n: int, settings: argparse.Namespace, step: int, where: Where):
@@ -77,28 +77,11 @@ def mean(x: Tensor, world: int) -> Tensor:
 
 
 def region_statistics(regions: ranet.Regions, boundary: Tensor) -> Tensor:
-    """Q, the share of single-pixel regions in the map, and the means of B and J, over all images [4].
-    A run has collapsed where Q stays at 1 or the share goes to 1 (R14)."""
-    sizes = torch.cat([image.flatten().bincount() for image in regions.labels])     # of all regions of all images
-    counts = len(sizes) / len(regions.labels), (sizes == 1).sum().item() / regions.labels.numel()
-    return torch.tensor([*counts, boundary.sigmoid().mean().item(), regions.J.mean().item()], device=boundary.device)
-
-
-def save(path: Path, checkpoint: dict) -> None:
-    """A kill or a full disk at any moment leaves the previous checkpoint whole."""
-    if not all(x.isfinite().all() for x in checkpoint["model"].values() if x.is_floating_point()):
-        raise ValueError("weights that are not finite")
-    whole, new = io.BytesIO(), path.with_name(path.name + ".tmp")
-    torch.save(checkpoint, whole)       # not into the file: torch hides what the disk says
-    try:
-        with open(new, "wb") as file:
-            file.write(whole.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise OSError(f"the checkpoint could not be written ({one_line(error)})") from None
+    """Q, the largest region's share of the image, and the means of B and J, over all images [4]."""
+    sizes = [image.flatten().bincount() for image in regions.labels]        # [Q] of each image
+    Q, largest = (sum(x) / len(sizes) for x in zip(*((len(size), size.max().item()) for size in sizes)))
+    means = Q, largest / regions.labels[0].numel(), boundary.sigmoid().mean().item(), regions.J.mean().item()
+    return torch.tensor(means, device=boundary.device)
 
 
 def train(args: argparse.Namespace, where: Where) -> None:
@@ -111,8 +94,8 @@ def train(args: argparse.Namespace, where: Where) -> None:
         sys.exit(f"{out} has to be a folder that all machines share")
     data, val = (load(settings.data, settings.root, split) for split in (settings.split, "val"))
     if not saved:           # a resumed run skips this: a broken file would stop it later, and --resume goes on again
-        look(settings.split, data, where)
-    look("val", val, where)
+        survey(settings.split, data, where)
+    survey("val", val, where)
     torch.manual_seed(settings.seed)
     classes = data.classes
     model = restore(saved, last, classes) if saved else build(settings, len(classes), settings.weights)
@@ -165,13 +148,13 @@ def train(args: argparse.Namespace, where: Where) -> None:
                 line = dict(zip(("step", "loss", "fine", "coarse", "boundary", "lr"), (done, *shown, lr)))
                 if output.regions is not None:
                     numbers = mean(region_statistics(output.regions, output.boundary), world).tolist()
-                    line.update(zip(("regions", "singles", "mean_B", "mean_J"), numbers))
+                    line.update(zip(("regions", "largest", "mean_B", "mean_J"), numbers))
                 if rank == 0:
                     with open(log, "a") as file:
                         file.write(json.dumps(line) + "\n")
             if rank == 0 and (done % save_every == 0 or done == settings.steps):
                 save(last, {
-                    "step": done, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "step": done, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "draws": DRAWS,
                     "args": vars(settings), "classes": list(classes), "palette": list(map(list, data.palette))})
     except (KeyboardInterrupt, ValueError, OSError, torch.cuda.OutOfMemoryError,
             torch._dynamo.exc.TorchDynamoException) as error:       # the last: no compiler
@@ -224,6 +207,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if known and not args.resume:
         sys.exit(f"{args.out} holds a run at step {args.saved['step']} of {known['steps']}: "
                  "continue it with --resume, or choose another --out")
+    if known and args.saved.get("draws") != DRAWS:
+        sys.exit(f"{last} is of an earlier version, which drew other images and crops: it cannot be resumed here; "
+                 "evaluate.py still takes it")
     for key in given.keys() & known.keys() - {"root"}:
         if given[key] != known[key]:
             sys.exit(f"--{key} {given[key]} contradicts {last}, which was trained with {known[key]}")

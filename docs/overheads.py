@@ -171,8 +171,8 @@ class Calls(TorchDispatchMode):
 
 
 def calls(n: int, M: int, N: int) -> None:
-    rows, way = [], ranet._way(torch.empty(0, device="meta"))   # as on a GPU, where no values are checked
-    quiet = {name: lambda *args, **options: None for name in vars(ranet) if name.startswith("_check_")}
+    rows, way = [], ranet._way(torch.empty(0, device="meta"))   # as on a GPU; checks make no calls there
+    quiet = {name: lambda *args, **options: None for name in vars(ranet) if name.startswith("_check")}
     with mock.patch.multiple(ranet, _way=lambda x: way, **quiet):
         for kind in ("objects", "one"):
             block, (A, B, C), dO = make(kind, n, M, N, "cpu")

@@ -9,6 +9,7 @@
 A number is a generated scene of the split val. The functions hold whole [N, HW, HW] arrays: maps of some 40 x 40 fit.
 """
 import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -161,14 +162,13 @@ def line() -> Image.Image:
     whole = to_pil_image(resize(heat(B), [256, 512], 0))        # 64 a pixel
     pen, font = ImageDraw.Draw(whole), ImageFont.load_default(13)
     pen.line((32, 32, 480, 224), "white", 2)
-    samples = ranet._line(torch.tensor(0), torch.tensor(31), torch.arange(8), 8, B.dtype)       # [8] each
-    for near, far, part in zip(*(x.tolist() for x in samples)):
-        left, top, end = 64 * (near % 8) + 32, 64 * (near // 8) + 32, 64 * (far // 8) + 32
-        value = torch.lerp(B[near // 8, near % 8], B[far // 8, far % 8], part)
-        pen.line((left, top, left, end), "white")
-        for y, radius in ((top, 2), (end, 2), (top + 64 * part, 7)):    # the two pixels, the sample
-            pen.circle((left, y), radius, tuple(heat(value.view(1, 1)).flatten().tolist()), "white", 2)
-        pen.text((left + 20, top + 64 * part - 10), f"{value:.2f}", "white", font, anchor="mm")
+    places = (ranet._on_line(field, torch.tensor(0), torch.tensor(31), torch.arange(8)).tolist() for field in (x, y, B))
+    for x, y, value in zip(*places):
+        left, height, pixels = 64 * x + 32, 64 * y + 32, (64 * math.floor(y) + 32, 64 * math.ceil(y) + 32)
+        pen.line((left, pixels[0], left, pixels[1]), "white")
+        for at, radius in (*((at, 2) for at in pixels), (height, 7)):       # the two pixels, the sample
+            pen.circle((left, at), radius, tuple(heat(torch.tensor([[value]])).flatten().tolist()), "white", 2)
+        pen.text((left + 20, height - 10), f"{value:.2f}", "white", font, anchor="mm")
     for name, at in (("i", (12, 32)), ("j", (460, 228))):
         pen.text(at, name, "white", ImageFont.load_default(22), anchor="mm")
     return whole

@@ -114,9 +114,9 @@ def test_train_writes_what_it_says_the_same_for_the_same_seed(capsys):
     assert f"{100 * metrics['fine_miou']:.1f}" in capsys.readouterr().out
     assert Path("out/overview.png").stat().st_size > 10000
     line = log()[0]
-    assert " ".join(line) == "step loss fine coarse boundary lr regions singles mean_B mean_J"
+    assert " ".join(line) == "step loss fine coarse boundary lr regions largest mean_B mean_J"
     assert line["loss"] == pytest.approx(line["fine"] + line["coarse"] + line["boundary"])
-    assert 1 <= line["regions"] <= 64 and 0 <= line["singles"] <= 1 and 0 < line["mean_B"] < 1
+    assert 1 <= line["regions"] <= 64 and 0 < line["largest"] <= 1 and 0 < line["mean_B"] < 1
     assert [row["lr"] for row in log()] == pytest.approx(train.RECIPES["ribbons"]["lr"] * np.array([1, 0.5]))
     assert "--resume" in fails(*TINY, "--steps", 2, "--out", "out")
     run(*TINY, "--steps", 2, "--out", "again", "--resume")      # without a checkpoint it starts
@@ -213,6 +213,24 @@ def test_train_order_is_one_permutation_an_epoch():
     assert len({seed for batch in whole for _, seed in batch}) == 48
     assert order(7, 0, 1) == whole[7:]
     assert [sorted(a + b) for a, b in zip(order(0, 0, 2), order(0, 1, 2))] == [sorted(batch) for batch in whole]
+
+
+def test_train_what_is_drawn_depends_on_seed_step_and_slot():
+    """Not the seeds: torch keeps 32 bits of them. Two epochs of 65,536 steps are the same to a seed of 16 bits a step."""
+    image, label = torch.randint(256, (3, 90, 90), dtype=torch.uint8), torch.zeros(90, 90, dtype=torch.uint8)
+
+    def drawn(seed, step, slot):
+        settings, where = Namespace(batch=4, steps=step + 1, seed=seed), launch.Where(0, 1, None, 0)
+        (batch,) = train.order(4 * (step + 1), settings, step, where)           # of an epoch that is as long as the run
+        torch.manual_seed(train.seed_of(seed, step, slot))
+        return (str(torch.randperm(30, generator=torch.Generator().manual_seed(train.seed_of(seed, step, slot)))),
+                str(data.augment(image, label, batch[slot][1], 20)[0]), str(nn.functional.dropout(torch.ones(60))))
+    keys = [(0, 3, 0), (1, 3, 0), (2, 3, 0), (0, 3 + 2 ** 16, 0), (0, 3 + 2 ** 20, 0), (0, 4, 0), (0, 3, 1)]
+    orders, crops, masks = zip(*(drawn(*key) for key in keys))
+    assert len(set(orders)) == len(set(crops)) == len(set(masks)) == len(keys)
+    assert drawn(*keys[0]) == (orders[0], crops[0], masks[0])
+    first = [[i for i, _ in next(train.order(2000, Namespace(batch=4, steps=1, seed=s), 0, HERE))] for s in range(3)]
+    assert len(set(map(str, first))) == 3
 
 
 # --- models ----------------------------------------------------------------------------------------------
@@ -386,6 +404,10 @@ def test_train_checkpoints_that_do_not_fit():
             (checkpoint["model"], "no checkpoint"), ({**checkpoint, "args": None}, "no checkpoint")):
         torch.save(changed, "x.pt")
         assert said in fails("evaluate", "x.pt")
+    Path("old").mkdir()
+    torch.save({key: value for key, value in checkpoint.items() if key != "draws"}, "old/last.pt")
+    assert "old/last.pt is of an earlier version, which drew other images" in fails("--resume", "--out", "old")
+    run("evaluate", "old/last.pt", "--workers", 0)
     Path("half.pt").write_bytes(before[:len(before) // 2])
     assert "half.pt" in fails("evaluate", "half.pt", "a.png")
     assert Path("out/last.pt").read_bytes() == before
