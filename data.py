@@ -22,6 +22,9 @@ import inspect
 import itertools
 import re
 import sys
+import unicodedata
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +179,8 @@ class Files(Dataset):
             ids = read_mat(label_path, self.matrix) if label_path.suffix == ".mat" else read_ids(label_path)
             if ids.shape != label.shape:
                 size, expected = (f"{w} x {h}" for h, w in (ids.shape, label.shape))
-                raise DataError(f"{label_path} is {size} pixels, expected {expected} as its image {path}")
+                turned = ", which its EXIF block turns: turn the label, too" * (ids.shape == label.shape[::-1])
+                raise DataError(f"{label_path} is {size} pixels, expected {expected} as its image {path}{turned}")
             label = self.table.take(ids + 1, mode="clip")       # [h, w]
             if label.min() < 0:
                 raise DataError(f"{label_path} holds the id {ids[label < 0][0]}, expected {self.allowed}")
@@ -187,14 +191,16 @@ class Files(Dataset):
         for path in paths:
             if path.exists():
                 return path
-        raise DataError(f"missing: {paths[0]}\n{inspect.cleandoc(type(self).__doc__)}")
+        raise DataError(f"missing: {paths[0]}\n{inspect.cleandoc(type(self).__doc__ or '')}".strip())
 
 
 @contextlib.contextmanager
 def reading(path: str | Path, kind: str):
-    """Whatever a library says of a file becomes a DataError that names it."""
+    """Whatever a library says of a file becomes a DataError that names it; what it warns of is not said."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except DataError:
         raise
     except Exception as error:      # noqa: BLE001  besides OSError: bombs, broken chunks, whatever broken bytes lead to
@@ -215,9 +221,13 @@ def upright(picture: Image.Image) -> Image.Image:
 
 def read_image(path: str | Path) -> Tensor:
     """uint8 [3, h, w], upright as viewers show it, grey and palette pictures as RGB."""
-    with reading(path, "picture"), Image.open(path) as picture:
-        if picture.mode[0] in "IF":     # Pillow would clip it to 255
-            raise DataError(f"{path} has pixels of type {picture.mode}, expected 8 bits a channel")
+    with reading(path, "picture of 8 bits, grey or RGB"), Image.open(path) as picture:
+        tags = getattr(picture, "tag_v2", {})                   # of a TIFF, whose bands and bits no mode shows
+        bits, bands, ink, extra = (tags.get(tag, other) for tag, other in ((258, ()), (277, 1), (262, 1), (338, (0,))))
+        if picture.mode[0] in "IF" or ";16" in str(picture.tile[:1]) or any(n > 8 for n in bits):   # Pillow would clip
+            raise DataError(f"{path} has pixels of more than 8 bits ({picture.mode}), expected 8 bits a channel")
+        if bands - (extra[0] in (1, 2)) not in (1, 3, 4 * (ink == 5)):      # 1, 2: alpha; 5: CMYK
+            raise DataError(f"{path} has {bands} bands, expected grey or RGB, of 8 bits a channel")
         return pixels.pil_to_tensor(upright(picture).convert("RGB"))     # [3, h, w]
 
 
@@ -256,7 +266,7 @@ def read_lines(path: Path, gaps: bool = True) -> list[str]:
 
 def pictures_in(folder: Path, pattern: str) -> list[Path]:
     """The pictures that a pattern finds in a folder, sorted; hidden and other files are skipped and counted."""
-    found = set(folder.glob(pattern))
+    found = {path for path in folder.glob(pattern) if not path.is_dir()}
     pictures = sorted(path for path in found if path.suffix.lower() in PICTURES and path.name[0] != ".")
     rest = sorted(found.difference(pictures))
     if rest:
@@ -327,7 +337,7 @@ class PascalContext(Files):
         ROOT/trainval/YYYY_NNNNNN.mat                           the official 459 classes (LabelMap), or
         ROOT/SegmentationClassContext/YYYY_NNNNNN.png           0 = background, 1..59 alphabetically
 
-    Both give the same classes, in alphabetical order. pascal_context ignores the background, pascal_context60 counts it.
+    Both give the same classes, alphabetically. pascal_context ignores the background, pascal_context60 counts it.
     """
     splits = {"train": ["train"], "val": ["val"], "trainval": ["train", "val"]}         # noqa: RUF012
     classes, palette = PASCAL_CONTEXT, tuple(distinct_colours(59))
@@ -412,16 +422,28 @@ class Folder(Files):
         images, labels, names = self.need(root / split / "images"), root / split / "labels", {}
         if split == "train":
             self.need(labels)
+        def key(path):                      # some systems write an accent as a letter of its own
+            return unicodedata.normalize("NFC", path.stem)
         for path in pictures_in(images, "*"):
-            other = names.setdefault(path.stem, path)
+            other = names.setdefault(key(path), path)
             if other != path:               # one label, and one name for the prediction
                 raise DataError(f"{other} and {path.name}: two images of one name")
-        files = [(path, labels / f"{name}.png" if labels.exists() else None) for name, path in names.items()]
+        found = {key(path): path for path in sorted(labels.glob("*"), key=lambda path: path.suffix == ".png")}
+        alone = sorted(path.name for name, path in found.items() if name not in names and path.suffix == ".png")
+        if alone:
+            print(f"{labels}: {len(alone)} labels without an image, {alone[0]} is the first", file=sys.stderr)
+        files = [(path, found.get(name, labels / f"{name}.png") if labels.exists() else None)
+                 for name, path in names.items()]
         super().__init__(files, {IGNORE: IGNORE, **{n: n for n in range(N)}})
 
 
 SETS = {"ribbons": Ribbons, "cityscapes": Cityscapes, "pascal_context": PascalContext,
         "pascal_context60": PascalContext60, "coco_stuff": CocoStuff, "folder": Folder}
+
+
+def names(data: Dataset) -> list[int]:
+    """What tells two data sets apart: how many images they have, and a hash of their names."""
+    return [len(data), zlib.crc32("\n".join(path.name for path, _ in getattr(data, "files", ())).encode())]
 
 
 def label_pixels(pair: tuple[Tensor, Tensor]) -> Tensor:
@@ -439,13 +461,16 @@ def look(data: Dataset, mine: range, workers: int, **bar) -> Tensor:
 
 class TrainingSet(Dataset):
     """Augmented crops of a data set, indexed by (index, seed): image float32 [3, crop, crop], normalised; label int64
-    [crop, crop]; boundary mask uint8 [crop, crop]. The same pair gives the same crop."""
+    [crop, crop]; boundary mask uint8 [crop, crop]. The same pair gives the same crop; an index alone, any crop."""
 
     def __init__(self, dataset: Dataset, crop: int, scale: tuple[float, float] = (1.0, 1.0), radius: float = 2):
         self.dataset, self.crop, self.scale, self.radius = dataset, crop, scale, radius
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        index, seed = key
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, Tensor, Tensor]:
+        index, seed = key if isinstance(key, tuple) else (key, int(torch.randint(2 ** 32, ())))
         image, label = augment(*self.dataset[index], seed, self.crop, self.scale)
         # After the augmentation, so that the boundary is as wide at every scale (R11).
         return normalize(image), label.long(), boundary_mask(label, self.radius)
@@ -481,15 +506,27 @@ def normalize(image: Tensor) -> Tensor:
     return pixels.normalize(image / 255, MEAN, STD)
 
 
-def boundary_mask(label: Tensor, radius: float = 2) -> Tensor:
+def boundary_mask(label: Tensor, radius: float = 2, band: int = 6) -> Tensor:
     """uint8 [h, w] of a label [h, w]: 1 within `radius` (Euclidean) of a labelled pixel of another class, 255
-    where the label is ignored, else 0. Ignored pixels and the image frame make no boundary (R11)."""
-    label = label.numpy()
+    where the label is ignored, else 0. The image frame makes no boundary (R11).
+
+    Nor do ignored pixels, but where a narrow band of them parts two classes, as outlines do in some data sets: 1 is also
+    an ignored pixel with two classes within `band` pixels (a square), unless it lies in a square of 2 band + 1 pixels a
+    side that is ignored everywhere. Outside of the image all is ignored.
+    """
+    label, side = label.numpy(), 2 * band + 1
     y, x = np.ogrid[-int(radius):int(radius) + 1, -int(radius):int(radius) + 1]
-    disc = y * y + x * x <= radius * radius
-    high = maximum_filter(np.where(label == IGNORE, 0, label), footprint=disc, mode="nearest")      # [h, w]
-    low = minimum_filter(label, footprint=disc, mode="nearest")                                     # [h, w]
-    return torch.from_numpy(np.where(label == IGNORE, IGNORE, (high > label) | (low < label)).astype(np.uint8))
+    disc, ignored = y * y + x * x <= radius * radius, label == IGNORE
+    filled = np.where(ignored, 0, label)                        # [h, w]
+    high = maximum_filter(filled, footprint=disc, mode="nearest")       # [h, w]
+    low = minimum_filter(label, footprint=disc, mode="nearest")         # [h, w]
+    mask = np.where(ignored, IGNORE, (high > label) | (low < label)).astype(np.uint8)       # [h, w]
+    if ignored.any():
+        wide = np.pad(ignored, band, constant_values=True).astype(np.uint8)     # [h + 2 band, w + 2 band]
+        wide = maximum_filter(minimum_filter(wide, side, mode="constant", cval=1), side)[band:-band, band:-band]
+        two = maximum_filter(filled, side, mode="nearest") > minimum_filter(label, side, mode="nearest")        # [h, w]
+        mask[ignored & two & (wide == 0)] = 1
+    return torch.from_numpy(mask)
 
 
 def colorize(label: Tensor, palette: list[tuple[int, int, int]]) -> Tensor:

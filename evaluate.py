@@ -127,12 +127,13 @@ def survey(split: str, data, where: Where) -> None:
     if where.world > 1:
         dist.all_reduce(pixels)
     missing = [name for name, count in zip(data.classes, pixels) if not count]
-    nothing = len(missing) == len(data.classes)
+    nothing, ignored = len(missing) == len(data.classes), pixels[255].item() / pixels.sum().item()
     if nothing and split.startswith("train"):
         sys.exit(f"{split}: nothing is labelled in its {len(data)} images")
     if missing and where.rank == 0:
         print(f"{split}: no pixel of {len(missing)} of {len(data.classes)} classes ({', '.join(missing[:5])})"
-              f"{', so there will be no score' * nothing}", flush=True)
+              f"{', so there will be no score' * nothing}"
+              f"{f'; {ignored:.0%} of the pixels are 255, ignored: if they are a class, write its number' * (ignored > 0)}")
 
 
 def report(result: dict, settings: argparse.Namespace, data, name: str, split: str, how: How, path: Path, **more):
@@ -149,7 +150,7 @@ def report(result: dict, settings: argparse.Namespace, data, name: str, split: s
     print(f"{'IoU in %':{width}}    fine  coarse")
     for row, found in rows.items():
         print(f"{row:{width}}", *("      -" if x is None else f"{100 * x:7.1f}" for x in found.values()))
-    print(protocol, flush=True)
+    print(protocol)
 
 
 def score(args: argparse.Namespace, where: Where) -> None:
@@ -188,8 +189,8 @@ def predict(args: argparse.Namespace, where: Where) -> None:
     hidden files and predictions are no pictures."""
     given, saved = args.pictures, args.saved
     inside = [x for p in given if p.is_dir() for x in sorted(p.iterdir())
-              if x.suffix.lower() in PICTURES and x.name[0] != "." and not made_here(x)]
-    pictures = list({x.resolve(): x for x in (*(p for p in given if not p.is_dir()), *inside)}.values())
+              if x.suffix.lower() in PICTURES and x.name[0] != "." and not x.is_dir() and not made_here(x)]
+    pictures = list({os.path.abspath(x): x for x in (*(p for p in given if not p.is_dir()), *inside)}.values())
     if not pictures:
         sys.exit(f"no pictures ({', '.join(PICTURES)}) in {' '.join(map(str, given))}")
     stems = {}
@@ -215,10 +216,10 @@ def predict(args: argparse.Namespace, where: Where) -> None:
             for target, result in zip(targets, (mask, to_pil_image(overlay))):
                 result.save(target.with_suffix(".tmp"), "PNG", pnginfo=OURS)
                 os.replace(target.with_suffix(".tmp"), target)
-                print(target, flush=True)
+                print(target)
         except (DataError, OSError, RuntimeError, MemoryError) as error:    # the last two: too large
             said = error if isinstance(error, DataError) else f"{picture}: {one_line(error)}"
-            print(said, file=sys.stderr, flush=True)
+            print(said, file=sys.stderr)
             bad += 1
     if where.world > 1:
         dist.all_reduce(bad)
@@ -268,6 +269,7 @@ def draw_overview(model: nn.Module, data, crop: int, k: int, device: torch.devic
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser, positive = flags("evaluate.py"), number(float, 1e-30)
+    positive.__name__ = "size above 0 (pictures go before --scales)"        # argparse shows it
     add = parser.add_argument
     add("checkpoint", help="last.pt of a run")
     add("pictures", nargs="*", type=Path, help="segment these, and all in these folders, instead of a data set")

@@ -14,7 +14,18 @@ import torch.distributed as dist
 
 from data import SETS
 
-BAR = {"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 30}      # seconds; the latter in a file
+BAR = {"dynamic_ncols": True, "mininterval": 0.1 if getattr(sys.stderr, "isatty", bool)() else 30}     # s; in a file 30
+
+# The settings of a run, which its checkpoint keeps: the paper's values for its data sets, or the field's (R12).
+PAPER = {"root": None, "split": "train", "backbone": "resnet101", "weights": None, "strides": None, "channels": None,
+         "context": "ranet", "k": 8, "steps": 60000, "batch": 8, "crop": 520, "scale": [0.5, 2.0], "lr": 0.001,
+         "weight_decay": 1e-4, "radius": 2.0, "seed": 0, "amp": False, "compile": False, "data": None}
+RECIPES = {
+    "ribbons": {**PAPER, "backbone": "small", "steps": 300, "crop": 96, "scale": [1.0, 1.0], "lr": 0.1, "radius": 1.0},
+    "cityscapes": {**PAPER, "steps": 40000, "crop": 769, "scale": [0.7, 2.1], "weight_decay": 5e-4},
+    "pascal_context": PAPER, "pascal_context60": PAPER, "coco_stuff": PAPER,
+    "folder": {**PAPER, "steps": 10000, "crop": 320},
+}
 
 
 class Where(NamedTuple):
@@ -52,16 +63,17 @@ def flags(program: str) -> argparse.ArgumentParser:
 def launch(parse: Callable, run: Callable, file: str, argv: list[str]) -> None:
     """Calls run(parse(argv), where) in this process, in every process of torchrun, or in --gpus new ones. A mistake in
     flags or files ends it with one line, printed once."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")   # a class name that cannot be shown ends nothing
+    sys.stderr = sys.stderr or open(os.devnull, "w")    # noqa: SIM115  a program without a console has none
+    for stream in (sys.stdout, sys.stderr):             # a class name that cannot be shown ends nothing
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace", line_buffering=True)
     store, rank, world, local = None, 0, 1, 0
-    if "RANK" in os.environ:            # torchrun has started this process
-        lost = [x for x in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if x not in os.environ]
-        if lost:
-            sys.exit(f"RANK is set and {', '.join(lost)} not: start with torchrun, or unset RANK")
-        store, rank, world = next(dist.rendezvous("env://"))
-        local = int(os.environ["LOCAL_RANK"])
     try:
+        if "RANK" in os.environ:        # torchrun has started this process
+            lost = [x for x in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if x not in os.environ]
+            if lost:
+                sys.exit(f"RANK is set and {', '.join(lost)} not: start with torchrun, or unset RANK")
+            store, rank, world = next(dist.rendezvous("env://"))
+            local = int(os.environ["LOCAL_RANK"])
         args, count = parse(argv), torch.cuda.device_count()
         if args.gpus and store:
             sys.exit("--gpus starts its own processes: leave it out under torchrun")
@@ -85,11 +97,10 @@ def launch(parse: Callable, run: Callable, file: str, argv: list[str]) -> None:
             raise                       # --help
         if store and store.add("failed", 1) > 1:
             sys.exit(1)                 # another process has said it
-        if any(x in str(error) for x in ("DataLoader worker", "out of memory", "allocate memory")):
-            sys.exit(one_line(error))
-        if isinstance(error, RuntimeError):
+        if not expected(error):
             raise
-        sys.exit(str(error))
+        whole = isinstance(error, (SystemExit, ValueError)) and "DataLoader worker" not in str(error)
+        sys.exit(str(error) if whole else one_line(error))      # some show the folders that are expected
     if world > 1:
         dist.destroy_process_group()
 
@@ -100,9 +111,32 @@ def writable(out: Path) -> None:
     tempfile.TemporaryFile(dir=out).close()
 
 
+# What a machine, not the code, is the cause of, by a part of what is said of it: the line, and what to do.
+MACHINE = {
+    "shared memory": "this machine has too little shared memory for workers: raise it, or use --workers 0",
+    "DataLoader worker": "a process that loads data was killed, mostly for want of memory: use fewer --workers",
+    "ancdata": "too many open files: raise the limit (ulimit -n), or use fewer --workers",
+    "Too many open files": "too many open files: raise the limit (ulimit -n), or use fewer --workers",
+    "out of memory": "out of memory: use a smaller --crop, --batch or picture",
+    "allocate memory": "out of memory: use a smaller --crop, --batch or picture",
+    "address already in use": "MASTER_PORT is in use: choose another port",
+    "EADDRINUSE": "MASTER_PORT is in use: choose another port",
+    "clients joined": "not all processes came: start the same line on every machine, with one MASTER_ADDR and port",
+    "per channel when training": "BatchNorm needs more than one value a channel: use a larger --batch"}
+
+
+def expected(error: BaseException) -> bool:
+    """Whether a line says it: files, flags and the machine, not a mistake in the code."""
+    return not isinstance(error, RuntimeError) or any(part in str(error) for part in MACHINE)
+
+
 def one_line(error: BaseException) -> str:
-    if "DataLoader worker" in str(error) and "Traceback" in str(error):     # a worker's, whose last line says it
-        return str(error).strip().splitlines()[-1].partition(": ")[2]
-    if "shared memory" in str(error):
-        return "this machine has too little shared memory for workers: raise it, or use --workers 0"
-    return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error).strip()
+    if "DataLoader worker" in text and "Traceback" in text:     # a worker's, whose last line says it
+        return text.splitlines()[-1].partition(": ")[2]
+    for part, line in MACHINE.items():
+        if part in text:
+            return line
+    if getattr(error, "strerror", None):
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return (text or type(error).__name__).splitlines()[0]

@@ -21,7 +21,7 @@ from torchvision.ops import Conv2dNormActivation
 
 import ranet
 from data import SETS
-from launch import one_line
+from launch import RECIPES, one_line
 
 # --- Backbones -------------------------------------------------------------------------------------------
 
@@ -183,14 +183,18 @@ def read(path: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         sys.exit(f"{path}: no such file")
+    except IsADirectoryError:
+        sys.exit(f"{path} is a folder, expected a checkpoint, such as {Path(path) / 'last.pt'}")
     except Exception:       # noqa: BLE001  torch raises whatever bytes that are no checkpoint lead to
         sys.exit(f"{path} cannot be read as a checkpoint")
     keys = {"args", "step", "model", "classes", "palette"}
     if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys() or not isinstance(checkpoint["args"], dict):
-        sys.exit(f"{path} is no checkpoint of train.py")
+        lost = "" if not isinstance(checkpoint, dict) else f": it has no {', '.join(sorted(keys - checkpoint.keys()))}"
+        sys.exit(f"{path} is no checkpoint of train.py{lost}")
     data, context = (checkpoint["args"].get(key) for key in ("data", "context"))
     if data not in SETS or context not in CONTEXTS:
         sys.exit(f"{path} is of another version: --data {data} --context {context}")
+    checkpoint["args"] = {**RECIPES[data], **checkpoint["args"]}        # of a version with fewer settings
     return checkpoint
 
 

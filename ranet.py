@@ -574,7 +574,7 @@ def ranet_loss(output: Output, label: Tensor, mask: Tensor, weights: tuple[float
     with the mask max-pooled to that grid (R11). The paper gives no weights: they are equal (R12).
 
     label: [b, h, w] int64, a class 0..N-1 or 255 for ignored.
-    mask: [b, h, w], 1 on the boundary, 0 off it, 255 where label is ignored.
+    mask: [b, h, w], 1 on the boundary, 0 off it, 255 where label is ignored and no boundary is known.
     weights: of the fine, coarse and boundary loss in the total.
     counts: the two denominators (`label_counts`). None: this batch's. Under DDP, which averages gradients: their mean
         over the processes.
@@ -825,7 +825,7 @@ KINDS = {"G": torch.bool, "labels": torch.int64, "reps": torch.int64}       # th
 
 
 def _check(batch: str = "", **given: Tensor) -> None:
-    """Names the first argument that does not fit those before it. Of B and C the values: logits are no probabilities."""
+    """Names the first argument that does not fit those before it. Of B and C, values too: logits are not 0 to 1."""
     sizes, floating = {}, None
     for name, x in given.items():
         letters, kind = (batch + SHAPES[name]).split(), KINDS.get(name, floating)

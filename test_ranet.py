@@ -51,8 +51,8 @@ def score_maps(draw):
 @st.composite
 def class_maps(draw, size=None):
     """C: one-hot (a softmax of +-400 underflows), so that pixels share no class; soft, and pixels that agree."""
-    size, N, sharp = size or draw(sizes), draw(st.integers(1, 5)), st.sampled_from([-400.0, 400.0])
-    return draw(tensors((N, *size), draw(st.sampled_from([sharp, sharp | st.floats(-4, 4), st.floats(-4, 4)])))).softmax(0)
+    N, sharp, soft = draw(st.integers(1, 5)), st.sampled_from([-400.0, 400.0]), st.floats(-4, 4)
+    return draw(tensors((N, *(size or draw(sizes))), draw(st.sampled_from([sharp, sharp | soft, soft])))).softmax(0)
 
 
 @st.composite
@@ -809,7 +809,7 @@ def bad_inputs():
         (ranet.region_decision, {"Fg": pairs}, {"Fg": [pairs[:3]], "threshold": [2]}),
         (ranet.connected_regions, {}, {"G": [pairs, (pairs > 0)[:3]]}),
         (ranet.join_lone_pixels, {"labels": labels, "Fg": pairs}, {"labels": [labels[:3]], "Fg": [pairs[:3]]}),
-        (ranet.representative_score, {"Fg": pairs, "labels": labels}, {"Fg": [B], "labels": [labels[:3], labels.float()]}),
+        (ranet.representative_score, {"Fg": pairs, "labels": labels}, {"Fg": [B], "labels": [labels[:3], J]}),
         (ranet.construct_regions, {"B": B, "C": C, "Wg": kernel},
          {"B": [B + 1], "C": [C[:, :2]], "Wg": [kernel[:2, :2]], "cues": ["all"], "threshold": [2]}),
         (ranet.exchange_context, {"A": A, "J": J, "labels": labels}, {"A": [A[:3]], "J": [J[:3]], "K": [0, True]}),

@@ -26,22 +26,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import ranet
-from data import TrainingSet, load
+from data import TrainingSet, load, names
 from evaluate import How, draw_overview, evaluate, report, survey
-from launch import BAR, Where, flags, launch, number, one_line, writable
+from launch import BAR, PAPER, RECIPES, Where, expected, flags, launch, number, one_line, writable
 from models import CONTEXTS, DRAWS, PEERS, build, read, restore, save
-
-# The settings of a run, which its checkpoint keeps: the paper's values for its data sets, or the field's (R12).
-PAPER = {"root": None, "split": "train", "backbone": "resnet101", "weights": None, "strides": None, "channels": None,
-         "context": "ranet", "k": 8, "steps": 60000, "batch": 8, "crop": 520, "scale": [0.5, 2.0], "lr": 0.001,
-         "weight_decay": 1e-4, "radius": 2.0, "seed": 0, "amp": False, "compile": False, "data": None}
-RECIPES = {
-    "ribbons": {**PAPER, "backbone": "small", "steps": 300, "crop": 96, "scale": [1.0, 1.0], "lr": 0.1, "radius": 1.0},
-    "cityscapes": {**PAPER, "steps": 40000, "crop": 769, "scale": [0.7, 2.1], "weight_decay": 5e-4},
-    "pascal_context": PAPER, "pascal_context60": PAPER, "coco_stuff": PAPER,
-    "folder": {**PAPER, "steps": 10000, "crop": 320},
-}
-
 
 # --- Training --------------------------------------------------------------------------------------------
 
@@ -93,6 +81,8 @@ def train(args: argparse.Namespace, where: Where) -> None:
     if mean(torch.tensor([float(start)], device=device), world).item() != start:
         sys.exit(f"{out} has to be a folder that all machines share")
     data, val = (load(settings.data, settings.root, split) for split in (settings.split, "val"))
+    if saved and saved["images"] != names(data):
+        sys.exit(f"{last} was trained on other pictures than those in {settings.root}: choose another --out")
     if not saved:           # a resumed run skips this: a broken file would stop it later, and --resume goes on again
         survey(settings.split, data, where)
     survey("val", val, where)
@@ -117,7 +107,7 @@ def train(args: argparse.Namespace, where: Where) -> None:
         log.write_text("".join(lines[:start // every]))      # what follows the checkpoint is written again
         print(f"{settings.data}: {len(data)} images; {settings.context} on {'compiled ' * settings.compile}"
               f"{settings.backbone}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
-              f"{world} x {device.type}; into {out} from step {start}", flush=True)
+              f"{world} x {device.type}; into {out} from step {start}")
 
     batches = DataLoader(TrainingSet(data, settings.crop, settings.scale, settings.radius), num_workers=workers,
                          batch_sampler=order(len(data), settings, start, where), pin_memory=device.type == "cuda")
@@ -155,9 +145,11 @@ def train(args: argparse.Namespace, where: Where) -> None:
             if rank == 0 and (done % save_every == 0 or done == settings.steps):
                 save(last, {
                     "step": done, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "draws": DRAWS,
+                    "images": names(data),
                     "args": vars(settings), "classes": list(classes), "palette": list(map(list, data.palette))})
-    except (KeyboardInterrupt, ValueError, OSError, torch.cuda.OutOfMemoryError,
-            torch._dynamo.exc.TorchDynamoException) as error:       # the last: no compiler
+    except (KeyboardInterrupt, ValueError, OSError, RuntimeError) as error:
+        if not (expected(error) or isinstance(error, torch._dynamo.exc.TorchDynamoException)):      # no compiler
+            raise
         kept = f"{last} is whole, and --resume goes on from it" if last.exists() else "there is no checkpoint yet"
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
         if type(error) is ValueError and any(x in reason for x in ("nan", "inf", "finite")):    # it would be so again
@@ -207,13 +199,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if known and not args.resume:
         sys.exit(f"{args.out} holds a run at step {args.saved['step']} of {known['steps']}: "
                  "continue it with --resume, or choose another --out")
-    if known and args.saved.get("draws") != DRAWS:
-        sys.exit(f"{last} is of an earlier version, which drew other images and crops: it cannot be resumed here; "
-                 "evaluate.py still takes it")
+    if known and not (args.saved.get("draws") == DRAWS and {"optimizer", "images"} <= args.saved.keys()):
+        sys.exit(f"{last} cannot be resumed: it is of an earlier version, which drew other images and crops, or has no "
+                 "optimizer; evaluate.py still takes it")
     for key in given.keys() & known.keys() - {"root"}:
         if given[key] != known[key]:
             sys.exit(f"--{key} {given[key]} contradicts {last}, which was trained with {known[key]}")
     data = known.get("data", given.get("data", "ribbons"))
+    if data == "ribbons" and args.root:
+        sys.exit(f"--root {args.root}: ribbons is generated and has no root; for your own pictures add --data folder")
     args.settings = settings = argparse.Namespace(**{**RECIPES[data], "data": data, **known, **given})
     small = settings.backbone == "small"
     settings.weights = settings.weights or ("none" if small else "imagenet")

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Data sets in their exact real layouts, every kind of broken file, augmentation, boundary masks, generated scenes."""
+import inspect
+import itertools
 import os
 import struct
 import subprocess
 import sys
+import unicodedata
 import zlib
 
 import numpy as np
@@ -14,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 import data
@@ -30,6 +34,22 @@ def write(root, files):
             scipy.io.savemat(root / path, content)
         else:
             Image.fromarray(np.asarray(content, dtype=np.uint8)).save(root / path)
+
+
+def tiff(path, bits=8, bands=3, extra=()):
+    """An uncompressed TIFF of 8 x 6 pixels whose last bands are `extra`: 0 is anything, 2 is alpha. Pillow writes none
+    of 16 bits a band."""
+    tags = {256: [8], 257: [6], 258: [bits] * bands, 259: [1], 262: [2 if bands > 2 else 1], 273: [0], 277: [bands],
+            278: [6], 279: [48 * bands * bits // 8], **({338: list(extra)} if extra else {})}
+    at, entries, rest = 14 + 12 * len(tags), b"", b""
+    tags[273] = [at + 2 * sum(len(x) for x in tags.values() if len(x) > 2)]
+    for tag, x in tags.items():
+        inline = struct.pack(f"<{len(x)}H", *x)
+        entries += struct.pack("<HHI", tag, 3, len(x))
+        entries += inline.ljust(4, b"\0") if len(x) <= 2 else struct.pack("<I", at + len(rest))
+        rest += inline if len(x) > 2 else b""
+    path.write_bytes(struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + rest
+                     + bytes([90, 0][:bits // 8]) * 48 * bands)
 
 
 @pytest.fixture
@@ -55,6 +75,31 @@ def test_data_folder(folder, capsys):
     assert train.labelled and not data.load("folder", folder, "test").labelled
 
 
+def test_data_folder_pairs_and_what_has_no_partner(folder, capsys):
+    for kind, form in (("images", "NFD"), ("labels", "NFC")):       # as two systems write one name
+        write(folder, {f"train/{kind}/{unicodedata.normalize(form, chr(233))}.png": np.zeros((6, 8))})
+    write(folder, {"train/labels/lone.png": np.zeros((6, 8))})
+    (folder / "train/images/photos.jpg").mkdir()
+    train = data.load("folder", folder)
+    assert len(train) == 3 and train[2][1].shape == (6, 8)
+    assert "train/labels: 1 labels without an image, lone.png is the first" in capsys.readouterr().err
+    (folder / "train/labels/a.png").rename(folder / "train/labels/a.jpg")
+    Image.new("L", (8, 6)).save(folder / "train/labels/a.jpg")
+    pytest.raises(data.DataError, train.files and data.load("folder", folder).__getitem__, 0).match("a.jpg is a JPEG fi")
+
+
+@pytest.mark.parametrize("bits, bands, extra, said", [
+    (8, 1, (), ""), (8, 3, (), ""), (8, 4, (2,), ""), (8, 2, (2,), ""), (16, 3, (), "more than 8 bits"),
+    (16, 4, (0,), "more than 8 bits"), (16, 1, (), "more than 8 bits"), (8, 4, (0,), "4 bands"), (8, 2, (0,), "2 bands"),
+    (8, 5, (0, 0), "5 bands"), (8, 7, (), "no readable picture of 8 bits, grey or RGB")])
+def test_data_takes_8_bits_and_bands_that_it_knows(tmp_path, bits, bands, extra, said):
+    tiff(tmp_path / "a.tif", bits, bands, extra)
+    if said:
+        pytest.raises(data.DataError, data.read_image, tmp_path / "a.tif").match(f"a.tif .*{said}")
+    else:
+        assert data.read_image(tmp_path / "a.tif").unique().tolist() == [90]
+
+
 @pytest.mark.parametrize("end", ["png", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_data_turned_photos_are_read_upright(folder, orientation, end):
@@ -71,6 +116,9 @@ def test_data_turned_photos_are_read_upright(folder, orientation, end):
     Image.fromarray(stored).convert("RGB").save(folder / f"train/images/a.{end}", exif=exif)
     train = data.load("folder", folder)
     assert train[0][0][0].tolist() == upright.tolist() and train[0][1].shape == (6, 8)     # the label's size
+    if orientation > 4:                                         # a label drawn on the stored pixels
+        Image.fromarray(stored % 3).save(folder / "train/labels/a.png")
+        pytest.raises(data.DataError, train.__getitem__, 0).match("expected 8 x 6 .*EXIF block turns: turn the label")
     Image.fromarray(stored % 3).save(folder / "train/labels/a.png", exif=exif)      # a tool that copied the block
     assert train[0][1].tolist() == (upright % 3).tolist()
 
@@ -212,14 +260,41 @@ def test_data_augment_resizes_label_and_image_about_the_same_point(factor):
     assert abs((image[0].float() - label.float())[:, 3:-3].mean()) < 0.1
 
 
-@given(sizes, st.sampled_from([1, 1.5, 2, 3]), st.data())
-def test_data_boundary_mask_equals_the_loop(size, radius, draw):
-    label = draw.draw(tensors(size, st.sampled_from([0.0, 0.0, 1.0, 255.0]))).to(torch.uint8)
-    expected = label.tolist()
-    places = [(y, x, n) for y, row in enumerate(label.tolist()) for x, n in enumerate(row) if n != 255]
-    for y, x, n in places:
-        expected[y][x] = int(any((y - v) ** 2 + (x - u) ** 2 <= radius ** 2 and m != n for v, u, m in places))
-    assert data.boundary_mask(label, radius).tolist() == expected
+@given(sizes | st.just((9, 10)), st.sampled_from([1, 1.5, 2, 3]), st.integers(1, 2), st.sampled_from([1, 3]), st.data())
+def test_data_boundary_mask_equals_the_loop(size, radius, band, ignored, draw):
+    label = draw.draw(tensors(size, st.sampled_from([0.0, 0.0, 1.0, 7.0] + ignored * [255.0]))).to(torch.uint8)
+    expected, near = label.tolist(), list(itertools.product(range(-band, band + 1), repeat=2))
+    places = {(y, x): n for y, row in enumerate(label.tolist()) for x, n in enumerate(row) if n != 255}
+    for y, x in np.ndindex(size):
+        classes = {places[at] for at in [(y + v, x + u) for v, u in near] if at in places}
+        squares = ([(y + a + v, x + b + u) for v, u in near] for a, b in near)
+        if (y, x) in places:
+            expected[y][x] = int(any((y - v) ** 2 + (x - u) ** 2 <= radius ** 2 and m != places[y, x]
+                                     for (v, u), m in places.items()))
+        elif len(classes) > 1 and all(any(at in places for at in square) for square in squares):
+            expected[y][x] = 1
+    assert data.boundary_mask(label, radius, band).tolist() == expected
+
+
+def test_data_boundary_mask_of_an_outlined_object():
+    """As VOC has it: an object with an outline of 5 ignored pixels; padding, and another ignored part 30 wide."""
+    label = torch.full((90, 120), 255, dtype=torch.uint8)
+    label[:80, :110], label[20:60, 10:50], label[25:55, 15:45], label[:70, 70:100] = 0, 255, 3, 255
+    mask = data.boundary_mask(label)
+    assert (mask[20:60, 10:50][label[20:60, 10:50] == 255] == 1).all() and (mask == 1).sum() == 40 ** 2 - 30 ** 2
+    assert (mask[80:] == 255).all() and (mask[:70, 70:100] == 255).all()
+
+
+@pytest.mark.parametrize("old, new", [
+    ("& two & (wide == 0)", "& two"), ("& two & (wide == 0)", "& (wide == 0)"), ("constant_values=True", "constant_values=False"),
+    ("cval=1", "cval=0"), ("side = label.numpy(), 2 * band + 1", "side = label.numpy(), 2 * band - 1")])
+def test_data_boundary_mutants_are_caught(old, new, monkeypatch):
+    source, mutant = inspect.getsource(data.boundary_mask), dict(vars(data))
+    assert source.count(old) == 1
+    exec(source.replace(old, new), mutant)                      # noqa: S102
+    monkeypatch.setattr(data, "boundary_mask", mutant["boundary_mask"])
+    with pytest.raises(AssertionError):
+        test_data_boundary_mask_equals_the_loop()
 
 
 def test_data_training_set():
@@ -228,6 +303,10 @@ def test_data_training_set():
     assert (image.dtype, label.dtype, mask.dtype) == (torch.float32, torch.int64, torch.uint8)
     raw, cut = data.augment(*scenes[3], 7, 64, (1.0, 1.0))
     assert torch.equal(label, cut.long()) and torch.equal(mask, data.boundary_mask(cut))
+    image, label, mask = next(iter(DataLoader(data.TrainingSet(scenes, crop=64), 2, shuffle=True)))     # any seeds
+    assert image.shape == (2, 3, 64, 64) and label.shape == mask.shape == (2, 64, 64)
+    raw, cut = data.augment(*scenes[3], 7, 64, (1.0, 1.0))
+    image, label, mask = data.TrainingSet(scenes, crop=64)[3, 7]
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     close(image, (raw / 255 - mean) / std)
     assert data.colorize(torch.tensor([[0, 255]]), [(1, 2, 3)]).tolist() == [[[1, 0]], [[2, 0]], [[3, 0]]]
