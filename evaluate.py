@@ -4,6 +4,7 @@
     python evaluate.py runs/cityscapes-ranet/last.pt --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
     python evaluate.py runs/cityscapes-ranet/last.pt --split test       label maps for Cityscapes' server
     python evaluate.py runs/cityscapes-ranet/last.pt a.jpg photos/      a_mask.png, a_overlay.png, ...
+    python evaluate.py runs/cityscapes-ranet/last.pt a.jpg --regions    a_regions.png, too: how it came about
 
 On n GPUs with --gpus n, or with torchrun as train.py. Each process handles its share of the images.
 """
@@ -31,7 +32,7 @@ import ranet
 from data import PICTURES, DataError, Files, cityscapes_label_ids, colorize, distinct_colours, load, look, normalize, \
     read_image
 from launch import BAR, Where, flags, launch, number, one_line, writable
-from models import read, restore
+from models import PEERS, read, restore
 
 # --- Scores ----------------------------------------------------------------------------------------------
 
@@ -185,7 +186,7 @@ def made_here(path: Path) -> bool:
 
 
 def predict(args: argparse.Namespace, where: Where) -> None:
-    """A mask and an overlay of every picture. One that fails is named on stderr, and the others go on; in a folder,
+    """A mask and an overlay of every picture, and its regions if asked for. One that fails is named on stderr, and the others go on; in a folder,
     hidden files and predictions are no pictures."""
     given, saved = args.pictures, args.saved
     inside = [x for p in given if p.is_dir() for x in sorted(p.iterdir())
@@ -202,7 +203,8 @@ def predict(args: argparse.Namespace, where: Where) -> None:
     writable(args.out)
     bad = torch.zeros((), dtype=torch.int64, device=where.device)
     for picture in pictures[where.rank::where.world]:
-        targets = [args.out / f"{picture.stem}_{kind}.png" for kind in ("mask", "overlay")]
+        kinds = ("mask", "overlay", "regions")[:2 + args.regions]
+        targets = [args.out / f"{picture.stem}_{kind}.png" for kind in kinds]
         try:
             image = read_image(picture)                         # [3, h, w]
             for target in targets:
@@ -213,7 +215,13 @@ def predict(args: argparse.Namespace, where: Where) -> None:
             mask.putpalette([x for colour in palette for x in colour])      # and viewers show the colours
             found = label.unique()
             overlay = draw_segmentation_masks(image, label == found[:, None, None], 0.6, [palette[n] for n in found])
-            for target, result in zip(targets, (mask, to_pil_image(overlay))):
+            results = [mask, to_pil_image(overlay)]
+            if args.regions:                                    # the whole photo, as large as a training crop
+                h, w = (max(1, round(side * args.how.crop / max(image.shape[1:]))) for side in image.shape[1:])
+                size = [max(1, round(2 * TILE[0] * side / max(h, w))) for side in (h, w)]
+                row = draw_row(model, resize(image, [h, w], antialias=True), palette, args.settings.k, size)
+                results.append(to_pil_image(make_grid(row, 5, padding=8, pad_value=255)))
+            for target, result in zip(targets, results):
                 result.save(target.with_suffix(".tmp"), "PNG", pnginfo=OURS)
                 os.replace(target.with_suffix(".tmp"), target)
                 print(target)
@@ -229,40 +237,43 @@ def predict(args: argparse.Namespace, where: Where) -> None:
 
 # --- A picture of what the network does, as in the paper's Figure 5 --------------------------------------
 
-TILE = 192      # pixels a side of each small picture
+TILE = 192, 192     # pixels of each small picture, h and w
 
 
-def tile(image: Tensor) -> Tensor:
-    """uint8 [3, h, w] as [3, TILE, TILE]; pixels stay sharp."""
-    return resize(image.cpu(), [TILE, TILE], 0)                 # 0: nearest
+def tile(image: Tensor, size: tuple[int, int] = TILE) -> Tensor:
+    """uint8 [3, h, w] as [3, *size]; pixels stay sharp."""
+    return resize(image.cpu(), list(size), 0)                   # 0: nearest
 
 
-def draw_regions(labels: Tensor, J: Tensor, K: int) -> Tensor:
-    """uint8 [3, TILE, TILE]: regions [H, W] in arbitrary colours, their representatives as white dots."""
+def draw_regions(labels: Tensor, J: Tensor, K: int, size: tuple[int, int] = TILE) -> Tensor:
+    """uint8 [3, *size]: regions [H, W] in arbitrary colours, their representatives as white dots."""
     H, W = labels.shape
-    picture = tile(colorize(labels % 255, distinct_colours(255)))
+    picture = tile(colorize(labels % 255, distinct_colours(255)), size)
     reps = ranet.select_representatives(J.flatten(), labels.flatten(), K).cpu()     # [P]
-    places = torch.stack(((reps % W + 0.5) * TILE / W, (reps // W + 0.5) * TILE / H), 1)[None]      # [1, P, 2]
+    places = torch.stack(((reps % W + 0.5) * size[1] / W, (reps // W + 0.5) * size[0] / H), 1)[None]        # [1, P, 2]
     for colour, radius in (("black", 3), ("white", 2)):
         picture = draw_keypoints(picture, places, colors=colour, radius=radius)
     return picture
 
 
 @torch.inference_mode()
-def draw_overview(model: nn.Module, data, crop: int, k: int, device: torch.device, path: Path) -> None:
-    """A row for each of four images: image, label, B, regions with representatives, coarse and fine result."""
-    tiles = []
-    for i in sorted({min(i * len(data) // 4 + i, len(data) - 1) for i in range(4)}):
-        image, label = (center_crop(x, [min(*x.shape[-2:], crop)]) for x in data[i])
-        output = model(normalize(image)[None].to(device))
-        B = (255 * output.boundary.float().sigmoid()).byte().expand(3, -1, -1)      # [3, H, W]
-        row = [image, colorize(label, data.palette), B]
-        row += [colorize(x[0].argmax(0), data.palette) for x in (output.coarse, output.fine)]
-        row = [tile(x) for x in row]
-        if output.regions is not None:
-            row.insert(3, draw_regions(output.regions.labels[0], output.regions.J[0], k))
-        tiles += row
-    to_pil_image(make_grid(tiles, len(row), padding=8, pad_value=255)).save(path)
+def draw_row(model: nn.Module, image: Tensor, palette: Sequence, k: int, size: tuple[int, int] = TILE,
+             label: Tensor | None = None) -> list[Tensor]:
+    """Tiles of an image [3, h, w]: image, label, B, regions with representatives, coarse and fine result."""
+    output = model(normalize(image)[None].to(next(model.parameters()).device))
+    B = (255 * output.boundary.float().sigmoid()).byte().expand(3, -1, -1)      # [3, H, W]
+    shown = [label, *(x[0].argmax(0) for x in (output.coarse, output.fine))]
+    label, coarse, fine = (x if x is None else tile(colorize(x, palette), size) for x in shown)
+    regions = output.regions and draw_regions(output.regions.labels[0], output.regions.J[0], k, size)
+    return [x for x in (tile(image, size), label, tile(B, size), regions, coarse, fine) if x is not None]
+
+
+def draw_overview(model: nn.Module, data, crop: int, k: int, path: Path) -> None:
+    """A row for each of four images."""
+    chosen = sorted({min(i * len(data) // 4 + i, len(data) - 1) for i in range(4)})
+    cut = ([center_crop(x, [min(*x.shape[-2:], crop)]) for x in data[i]] for i in chosen)
+    rows = [draw_row(model, image, data.palette, k, label=label) for image, label in cut]
+    to_pil_image(make_grid(sum(rows, []), len(rows[0]), padding=8, pad_value=255)).save(path)
 
 
 # --- The command line ------------------------------------------------------------------------------------
@@ -276,12 +287,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--split", help="of the data set: train, trainval, test, ... (val)")
     add("--scales", type=positive, nargs="+", default=[1.0], help="average the probabilities over these sizes (1)")
     add("--flip", action="store_true", help="... and over the mirrored images")
+    add("--regions", action="store_true", help="of each picture: B, regions, representatives, coarse and fine result, too")
     add("--out", type=Path, help="folder of results (beside the checkpoint; for pictures, predictions there)")
     args = parser.parse_intermixed_args(argv)
     if args.pictures and (args.data or args.root or args.split):
         sys.exit("evaluate.py: pictures need no --data, --root or --split")
+    if args.regions and not args.pictures:
+        sys.exit("--regions: name the pictures whose regions to draw")
     args.saved = read(args.checkpoint)
     args.settings = settings = argparse.Namespace(**args.saved["args"])
+    if args.regions and settings.context in PEERS:
+        sys.exit(f"--regions: {args.checkpoint} was trained with --context {settings.context}, which makes none")
     args.root = args.root or (settings.root if args.data in (None, settings.data) else None)
     args.data, args.split = args.data or settings.data, args.split or "val"
     args.how = How(args.crop or settings.crop, args.scales, args.flip, args.amp or settings.amp)

@@ -166,7 +166,7 @@ def train(args: argparse.Namespace, where: Where) -> None:
     if rank == 0:
         report(result, settings, val, settings.data, "val", how, out / "metrics.json",
                steps=settings.steps, seed=settings.seed)
-        draw_overview(model, val, settings.crop, settings.k, device, out / "overview.png")
+        draw_overview(model, val, settings.crop, settings.k, out / "overview.png")
 
 
 # --- The command line ------------------------------------------------------------------------------------

@@ -58,10 +58,13 @@ def boundary_target(labels: list[Tensor]) -> None:
         mask = (boundary_mask(label) == 1).float()              # [h, w]
         cells = adaptive_max_pool2d(mask[None], [-(-s // 8) for s in mask.shape])[0]        # [H, W]
         up = interpolate(cells[None, None], mask.shape, mode="nearest")[0, 0]               # [h, w]
-        rows.append((mask.mean(), cells.mean(), mask[up == 1].mean()))
-    full, pooled, taught = torch.tensor(rows).mean(0).tolist()
+        outlined = boundary_mask(label.masked_fill(mask == 1, 255)) == 1        # [h, w]
+        band = adaptive_max_pool2d(outlined[None].float(), cells.shape)
+        rows.append((mask.mean(), cells.mean(), mask[up == 1].mean(), band.mean()))
+    full, pooled, taught, band = torch.tensor(rows).mean(0).tolist()
     print(f"\nR11. Boundary pixels {full:.1%}; boundary cells of the pooled mask at stride 8 {pooled:.1%}; within "
-          f"these cells\n{taught:.0%} of the pixels are boundary: what a loss at image size teaches B there.")
+          f"these cells\n{taught:.0%} of the pixels are boundary: what a loss at image size teaches B there. With these "
+          f"pixels ignored\n{band:.1%} of the cells hold a boundary pixel.")
 
 
 @torch.no_grad()

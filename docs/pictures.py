@@ -5,6 +5,7 @@
     python docs/pictures.py last.pt street.jpg --out elsewhere  # of its middle square of the training crop
     python docs/pictures.py growth [PICTURE ...] [FLAGS]        # regions.png: trains as train.py does with the flags
     python docs/pictures.py line                                # line.png (eq. 1)
+    python docs/pictures.py pathways                            # pathways.png (eqs. 6-8)
 
 A number is a generated scene of the split val. The functions hold whole [N, HW, HW] arrays: maps of some 40 x 40 fit.
 """
@@ -174,16 +175,48 @@ def line() -> Image.Image:
     return whole
 
 
+def pathways() -> Image.Image:
+    """Eqs. 6-8 on the five pixels of eq6.md: who sends to whom, and with which weight."""
+    labels, J, reps = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0.8, 0.6, 0.5, 0.5, 1]), torch.tensor([0, 1, 4])
+    A = torch.tensor([[1.0, 0], [0, 1], [2, 0], [0, 2], [1, 1]])
+    Al, Wl = ranet.intra_region_collection(A, J, labels, reps)
+    Ag, Wi = ranet.inter_region_interaction(Al, J, labels, reps)
+    Wd = ranet.intra_region_distribution(A, Ag, J, labels, reps)[1]
+    arrows = [[(i, p, w) for p, row in zip(reps.tolist(), W.tolist()) for i, w in zip(to, row) if w]
+              for W, to in ((Wl, range(5)), (Wi, reps.tolist()))]
+    arrows.append([(p, i, w) for i, row in enumerate(Wd.tolist()) for p, w in zip(reps.tolist(), row) if w and i != p])
+    places = {2: (45, 85), 3: (45, 195), 0: (155, 85), 1: (155, 195), 4: (262, 140)}     # representatives to the right
+    whole = Image.new("RGB", (3 * 310, 250), "white")
+    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(14)
+    for n, (part, title) in enumerate(zip(arrows, ("eq. 6: to the representatives", "eq. 7: to the other regions",
+                                                   "eq. 8: to all pixels of the region"))):
+        pen.text((310 * n + 155, 18), title, "black", font, anchor="mm")
+        for box, tint in (((12, 45, 188, 235), "#fde9c8"), ((228, 100, 296, 180), "#d5e3f7")):
+            pen.rounded_rectangle([x + 310 * n * (k % 2 == 0) for k, x in enumerate(box)], 20, tint)
+        for k, (sender, receiver, weight) in enumerate(part):
+            a, b = (torch.tensor(places[i]) + torch.tensor((310.0 * n, 0)) for i in (sender, receiver))
+            way = (b - a) / (b - a).norm()
+            side = torch.stack((-way[1], way[0]))               # arrows there and back lie side by side
+            a, b = a + 17 * way + 5 * side, b - 17 * way + 5 * side
+            pen.line((*a.tolist(), *b.tolist()), "black", 1 + round(3 * weight))
+            pen.polygon([tuple((b + x).tolist()) for x in (3 * way, 5 * side - 7 * way, -5 * side - 7 * way)], "black")
+            pen.text(tuple((a + (b - a) * 0.3 + 13 * side).tolist()), f"{weight:.2f}", "#b00020", font, anchor="mm")
+        for i, (x, y) in places.items():
+            pen.circle((x + 310 * n, y), 15 if i in reps else 10, "white" if i in reps else "#888888", "black", 2)
+            pen.text((x + 310 * n, y), str(i), "black" if i in reps else "white", font, anchor="mm")
+    return whole
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("given", nargs="+", metavar="CHECKPOINT PICTURE", help="or growth, or line")
+    parser.add_argument("given", nargs="+", metavar="CHECKPOINT PICTURE", help="or growth, line, pathways")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "figures", help="folder of the pictures")
     args, flags = parser.parse_known_args()
     given = args.given + flags
     if given[0] == "growth":
         drawn = {"regions": growth(args.given[1:] or ["1", "7", "9"], flags)}
-    elif given == ["line"]:
-        drawn = {"line": line()}
+    elif given in (["line"], ["pathways"]):
+        drawn = {given[0]: globals()[given[0]]()}
     elif len(given) == 2:
         model, known, checkpoint = network(given[0])
         image = picture(given[1])
@@ -195,7 +228,7 @@ def main() -> None:
         drawn = {"attention": attention(image, maps, pixels, checkpoint["palette"]),
                  "weights": weights(image, maps, chosen, known.k)}
     else:
-        sys.exit("expected growth, or line, or a checkpoint of train.py and a picture")
+        sys.exit("expected growth, line or pathways, or a checkpoint of train.py and a picture")
     args.out.mkdir(parents=True, exist_ok=True)
     for name, whole in drawn.items():
         whole.save(args.out / f"{name}.png", optimize=True)

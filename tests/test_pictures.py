@@ -127,6 +127,15 @@ def test_line_shows_the_samples_of_eq1(tmp_path, monkeypatch):
         assert picture.getpixel((3 * 64 + 32 + 4, round((9 / 7 + 0.5) * 64))) == tuple(heat(value.view(1, 1)).flatten())
 
 
+def test_pathways_have_an_arrow_where_there_is_a_weight(tmp_path, monkeypatch):
+    run(monkeypatch, "pathways", "--out", tmp_path)
+    with Image.open(tmp_path / "pathways.png") as picture:      # a line of pixels across the middle between two of them
+        def drawn(x, y):
+            return sum(picture.getpixel((x, y + k)) == (0, 0, 0) for k in range(-9, 10))
+        assert drawn(122, 85) and drawn(122, 195) and not drawn(122 + 310, 85)      # eq. 6: 2 to 0, 3 to 1; not eq. 7
+        assert drawn(640 + 85, 85) > drawn(122, 85) > 1         # eq. 8: 0 to 2 with 0.90, more than 0.73
+
+
 def test_inside_counts_by_hand_and_runs(drawn, trained, monkeypatch, capsys):
     assert inside.spread(torch.tensor([[0.0, 0], [3, 4], [0, 0]])) == pytest.approx(10 / 3)
     (given, image, maps), label, size = drawn, data.load("ribbons", split="val")[9][1], drawn[2].labels.bincount()

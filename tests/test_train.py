@@ -557,6 +557,21 @@ def test_train_predictions_are_ids_with_colours_and_replace_only_predictions(pho
     assert "Not a directory" in fails("evaluate", "out/last.pt", "--workers", "0", "--out", "pictures/c.webp/out")
 
 
+def test_train_draws_the_regions_of_a_whole_photo(photos):
+    run(*photos)
+    Image.new("RGB", (96, 48), (90, 80, 40)).save("wide.jpg")
+    run("evaluate", "out/last.pt", "wide.jpg", "--regions", "--out", "new")
+    with Image.open("new/wide_regions.png") as picture:         # photo, B, regions, coarse, fine: 384 x 192 each
+        assert picture.size == (5 * 392 + 8, 192 + 16) and picture.getpixel((100, 100))[0] == pytest.approx(90, abs=3)
+        whites = [(x, y) for x in range(792, 1176) for y in range(8, 200) if picture.getpixel((x, y)) == (255, 255, 255)]
+    xs, ys = (np.ptp([at[k] for at in whites]) for k in (0, 1))         # representatives of a map of 2 x 4 pixels
+    assert whites and xs == pytest.approx(3 * 96, abs=5) and ys == pytest.approx(96, abs=5)
+    assert "wide_regions.png" in os.listdir("new") and len(os.listdir("new")) == 3
+    assert "--regions: name the pictures" in fails("evaluate", "out/last.pt", "--regions")
+    run(*photos, "--context", "none", "--out", "plain")
+    assert "--context none, which makes none" in fails("evaluate", "plain/last.pt", "wide.jpg", "--regions")
+
+
 def test_train_keeps_its_results_where_names_cannot_be_printed(photos):
     Path("set/classes.txt").write_text("\u5929\u7a7a\nroad", encoding="utf-8")
     result = child(*photos, code="os.environ.update(OMP_NUM_THREADS='1'); sys.stdout.reconfigure(encoding='cp1252')")
