@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Subset
@@ -173,27 +173,17 @@ def score(args: argparse.Namespace, where: Where) -> None:
 
 # --- Pictures --------------------------------------------------------------------------------------------
 
-OURS = PngImagePlugin.PngInfo()
-OURS.add_text("Software", "RANet")              # such a file may be replaced, others not
-
-
-def made_here(path: Path) -> bool:
-    try:
-        with Image.open(path) as picture:
-            return str(picture.info.get("Software")).startswith("RANet")
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return False
-
-
 def predict(args: argparse.Namespace, where: Where) -> None:
     """A mask and an overlay of every picture, and its regions if asked for. One that fails is named on stderr, and the others go on; in a folder,
-    hidden files and predictions are no pictures."""
+    hidden files are no pictures. Only in the folder `predictions`, which is made here, are files replaced."""
     given, saved = args.pictures, args.saved
     inside = [x for p in given if p.is_dir() for x in sorted(p.iterdir())
-              if x.suffix.lower() in PICTURES and x.name[0] != "." and not x.is_dir() and not made_here(x)]
+              if x.suffix.lower() in PICTURES and x.name[0] != "." and not x.is_dir()]
     pictures = list({os.path.abspath(x): x for x in (*(p for p in given if not p.is_dir()), *inside)}.values())
     if not pictures:
         sys.exit(f"no pictures ({', '.join(PICTURES)}) in {' '.join(map(str, given))}")
+    if any(args.out.resolve() == p.resolve() for p in given if p.is_dir()):
+        sys.exit(f"--out {args.out} holds the pictures, and results would be taken for pictures: choose another folder")
     stems = {}
     for x in pictures:
         if stems.setdefault(x.stem, x) != x:
@@ -208,8 +198,8 @@ def predict(args: argparse.Namespace, where: Where) -> None:
         try:
             image = read_image(picture)                         # [3, h, w]
             for target in targets:
-                if target.exists() and not made_here(target):
-                    raise DataError(f"{target} was not made by evaluate.py and is not replaced: choose another --out")
+                if target.exists() and not args.replace:
+                    raise DataError(f"{target} exists and is not replaced: choose another --out")
             label = segment(model, image, args.how, where.device, maps=1)[0].argmax(0).cpu()     # [h, w]
             mask = Image.fromarray(label.byte().numpy())        # the numbers are the ids,
             mask.putpalette([x for colour in palette for x in colour])      # and viewers show the colours
@@ -222,7 +212,7 @@ def predict(args: argparse.Namespace, where: Where) -> None:
                 row = draw_row(model, resize(image, [h, w], antialias=True), palette, args.settings.k, size)
                 results.append(to_pil_image(make_grid(row, 5, padding=8, pad_value=255)))
             for target, result in zip(targets, results):
-                result.save(target.with_suffix(".tmp"), "PNG", pnginfo=OURS)
+                result.save(target.with_suffix(".tmp"), "PNG")
                 os.replace(target.with_suffix(".tmp"), target)
                 print(target)
         except (DataError, OSError, RuntimeError, MemoryError) as error:    # the last two: too large
@@ -301,6 +291,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.root = args.root or (settings.root if args.data in (None, settings.data) else None)
     args.data, args.split = args.data or settings.data, args.split or "val"
     args.how = How(args.crop or settings.crop, args.scales, args.flip, args.amp or settings.amp)
+    args.replace = args.out is None
     args.out = args.out or Path(args.checkpoint).parent / ("predictions" if args.pictures else "")
     return args
 

@@ -111,32 +111,29 @@ def writable(out: Path) -> None:
     tempfile.TemporaryFile(dir=out).close()
 
 
-# What a machine, not the code, is the cause of, by a part of what is said of it: the line, and what to do.
+# What a machine, not the code, is the cause of, by parts of what is said of it: the line, and what to do.
 MACHINE = {
-    "shared memory": "this machine has too little shared memory for workers: raise it, or use --workers 0",
-    "DataLoader worker": "a process that loads data was killed, mostly for want of memory: use fewer --workers",
-    "ancdata": "too many open files: raise the limit (ulimit -n), or use fewer --workers",
-    "Too many open files": "too many open files: raise the limit (ulimit -n), or use fewer --workers",
-    "out of memory": "out of memory: use a smaller --crop, --batch or picture",
-    "allocate memory": "out of memory: use a smaller --crop, --batch or picture",
-    "address already in use": "MASTER_PORT is in use: choose another port",
-    "EADDRINUSE": "MASTER_PORT is in use: choose another port",
-    "clients joined": "not all processes came: start the same line on every machine, with one MASTER_ADDR and port",
-    "per channel when training": "BatchNorm needs more than one value a channel: use a larger --batch"}
+    ("shared memory",): "this machine has too little shared memory for workers: raise it, or use --workers 0",
+    ("DataLoader worker",): "a process that loads data was killed, mostly for want of memory: use fewer --workers",
+    ("ancdata", "Too many open files"): "too many open files: raise the limit (ulimit -n), or use fewer --workers",
+    ("out of memory", "allocate memory"): "out of memory: use a smaller --crop, --batch or picture",
+    ("address already in use", "EADDRINUSE"): "MASTER_PORT is in use: choose another port",
+    ("clients joined",): "not all processes came: start the same line on every machine, with one MASTER_ADDR and port",
+    ("per channel when training",): "BatchNorm needs more than one value a channel: use a larger --batch"}
+
+
+def cause(error: BaseException) -> str | None:
+    return next((line for parts, line in MACHINE.items() if any(part in str(error) for part in parts)), None)
 
 
 def expected(error: BaseException) -> bool:
     """Whether a line says it: files, flags and the machine, not a mistake in the code."""
-    return not isinstance(error, RuntimeError) or any(part in str(error) for part in MACHINE)
+    return not isinstance(error, RuntimeError) or cause(error) is not None
 
 
 def one_line(error: BaseException) -> str:
     text = str(error).strip()
     if "DataLoader worker" in text and "Traceback" in text:     # a worker's, whose last line says it
         return text.splitlines()[-1].partition(": ")[2]
-    for part, line in MACHINE.items():
-        if part in text:
-            return line
-    if getattr(error, "strerror", None):
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return (text or type(error).__name__).splitlines()[0]
+    file = f"{error.filename}: " if getattr(error, "filename", None) else ""
+    return cause(error) or file + (getattr(error, "strerror", None) or text or type(error).__name__).splitlines()[0]

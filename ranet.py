@@ -684,9 +684,9 @@ def _tables(B: Tensor, out: Tensor) -> Iterator:
     b, H, W = B.shape
     pairs = out.view(b, H, W, H, W)
     for field, pairs, flat in ((B, pairs, 1), (B.mT, pairs.permute(0, 2, 1, 4, 3), 0)):
+        slope, steps = field.diff(dim=1)[:, :, None], torch.arange(field.shape[2], device=B.device).to(B.dtype)[:, None]
         for L in range(1, field.shape[2]):
-            share = torch.arange(L, device=B.device).to(B.dtype)[:, None] / L   # [L, 1]
-            T = (field[:, :-1, None] + share * field.diff(dim=1)[:, :, None]).flatten(1, 2)
+            T = (field[:, :-1, None] + steps[:L] / L * slope).flatten(1, 2)     # [b, (h - 1) L, w]
             yield torch.cat((T, field[:, -1:]), 1), L, min(L - flat, field.shape[1] - 1), pairs, flat
 
 

@@ -521,11 +521,10 @@ def test_train_predictions_are_ids_with_colours_and_replace_only_predictions(pho
     assert "no pictures (" in fails("evaluate", "out/last.pt", "set/train")
     assert "pictures/a.jpg have the same name" in fails("evaluate", "out/last.pt", "pictures", "other/a.png")
     Path("pictures/._a.jpg").write_bytes(b"what another system leaves")
-    run("evaluate", "out/last.pt", "pictures", "pictures/b.jpg", "--out", "pictures")
-    run("evaluate", "out/last.pt", "pictures", "--out", "pictures")       # its own results are no pictures
-    assert len(os.listdir("pictures")) == 7
-    for path in Path("pictures").glob("*_*.png"):
-        path.unlink()
+    run("evaluate", "out/last.pt", "pictures", "pictures/b.jpg")
+    run("evaluate", "out/last.pt", "pictures")                  # its own folder: replaced
+    assert len(os.listdir("out/predictions")) == 4
+    assert "results would be taken for pictures" in fails("evaluate", "out/last.pt", "pictures", "--out", "pictures")
     Path("links").mkdir()
     for name, target in (("a.png", "../pictures/a.jpg"), ("b.png", "../pictures/a.jpg"), ("self.png", "self.png")):
         Path("links", name).symlink_to(target)
@@ -543,7 +542,7 @@ def test_train_predictions_are_ids_with_colours_and_replace_only_predictions(pho
     Image.new("RGB", (24, 20)).save("pictures/c.webp")
     assert fails("evaluate", "out/last.pt", "pictures", "--out", "new") == "2 of 3 pictures could not be segmented"
     said = capsys.readouterr().err
-    assert "a.jpg is no readable picture" in said and "b_overlay.png was not made by evaluate.py" in said
+    assert "a.jpg is no readable picture" in said and "b_mask.png exists and is not replaced" in said
     assert Path("new/b_overlay.png").read_bytes() == mine and Path("new/c_mask.png").exists()
     slide = evaluate.slide
     with monkeypatch.context() as patch:                        # nor does one that is too large end the others
