@@ -510,8 +510,8 @@ def boundary_mask(label: Tensor, radius: float = 2, band: int = 6) -> Tensor:
     """uint8 [h, w] of a label [h, w]: 1 within `radius` (Euclidean) of a labelled pixel of another class, 255
     where the label is ignored, else 0. The image frame makes no boundary (R11).
 
-    Nor do ignored pixels, but where a narrow band of them parts two classes, as outlines do in some data sets: 1 is also
-    an ignored pixel with two classes within `band` pixels (a square), unless it lies in a square of 2 band + 1 pixels a
+    Nor do ignored pixels, except in a narrow band between two classes, as outlines are in some data sets: 1 is also an
+    ignored pixel with two classes within `band` pixels (a square), unless it lies in a square of 2 band + 1 pixels a
     side that is ignored everywhere. Outside of the image all is ignored.
     """
     label, side = label.numpy(), 2 * band + 1

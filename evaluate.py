@@ -134,7 +134,7 @@ def survey(split: str, data, where: Where) -> None:
     if missing and where.rank == 0:
         print(f"{split}: no pixel of {len(missing)} of {len(data.classes)} classes ({', '.join(missing[:5])})"
               f"{', so there will be no score' * nothing}"
-              f"{f'; {ignored:.0%} of the pixels are 255, ignored: if they are a class, write its number' * (ignored > 0)}")
+              f"{f'; {ignored:.0%} of the pixels are 255, ignored: a class needs its number there' * (ignored > 0)}")
 
 
 def report(result: dict, settings: argparse.Namespace, data, name: str, split: str, how: How, path: Path, **more):
@@ -174,8 +174,8 @@ def score(args: argparse.Namespace, where: Where) -> None:
 # --- Pictures --------------------------------------------------------------------------------------------
 
 def predict(args: argparse.Namespace, where: Where) -> None:
-    """A mask and an overlay of every picture, and its regions if asked for. One that fails is named on stderr, and the others go on; in a folder,
-    hidden files are no pictures. Only in the folder `predictions`, which is made here, are files replaced."""
+    """A mask and an overlay of every picture, its regions if asked for. One that fails is named on stderr, and the
+    others go on; in a folder, hidden files are no pictures. Only in `predictions`, made here, are files replaced."""
     given, saved = args.pictures, args.saved
     inside = [x for p in given if p.is_dir() for x in sorted(p.iterdir())
               if x.suffix.lower() in PICTURES and x.name[0] != "." and not x.is_dir()]
@@ -277,7 +277,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--split", help="of the data set: train, trainval, test, ... (val)")
     add("--scales", type=positive, nargs="+", default=[1.0], help="average the probabilities over these sizes (1)")
     add("--flip", action="store_true", help="... and over the mirrored images")
-    add("--regions", action="store_true", help="of each picture: B, regions, representatives, coarse and fine result, too")
+    add("--regions", action="store_true", help="a third picture: B, regions, representatives, coarse and fine result")
     add("--out", type=Path, help="folder of results (beside the checkpoint; for pictures, predictions there)")
     args = parser.parse_intermixed_args(argv)
     if args.pictures and (args.data or args.root or args.split):

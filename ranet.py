@@ -45,13 +45,13 @@ How the paper is read where it is silent or contradicts itself (docs/differences
          region's own term is one of Q; in the mean it weighs as much as all others together
     R9   eqs. 6-8: no 1 / sqrt(M) in the exponentials, as printed
     R10  Table 1: with one cue F = 1 - D or F = 1 - E; without eqs. 6 and 8, A^g reaches only representatives
-    R11  boundary target: two classes within radius 2, max-pooled to B's grid; ignored pixels make no boundary
+    R11  boundary target: two classes within radius 2, or beside a narrow ignored band; max-pooled to B's grid
     R12  losses 1 : 1 : 1; where the paper is silent, the values of its released code or of the field
     R13  B starts at 0.05, so that the first map is one region
-    R14  O is batch-normalised before it meets A, so that a joint RCB (R16) cannot shrink O by raising B; it starts at a
+    R14  O is batch-normalised before it meets A, so that a joint RCB (R16) cannot shrink O by raising B; O starts at a
          quarter of A's size, since the first regions are arbitrary
     R15  A is a 3 x 3 convolution of the features; the segmentation sees [A, O]; RIB has no parameters
-    R16  J's gradient trains W^g only; B and C learn from their own losses, which it would disturb
+    R16  J's gradient ends at W^g: in B and C it would disturb what their own losses teach
 
 Wrong input raises a ValueError of one line: the argument, what was expected, what came. Shapes and types are checked
 everywhere; the values of B, C, label and mask on the CPU only, since elsewhere a check would wait for the device. The
@@ -71,7 +71,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-TINY = 2.0 ** -24   # log2 C has no slope at C = 0: below this, C takes the slope it has here
+TINY = 2.0 ** -24   # E's slope is infinite at C = 0: smaller probabilities take the slope at this one
 
 
 # --- Section 3.1: the region construction block ----------------------------------------------------------
@@ -93,7 +93,7 @@ def boundary_probability(B: Tensor) -> Tensor:
     i = j[:, None]                                              # [HW, 1]
     D = _on_line(B, i, j, 0)                                    # [HW, HW]
     for step in range(1, max(H, W)):
-        sample = _on_line(B, i, j, step)                        # [HW, HW]  its last again on a line that has ended
+        sample = _on_line(B, i, j, step)                        # [HW, HW]  once a line has ended, its last sample again
         D = torch.where(sample > D, sample, D)
     return D
 
@@ -108,8 +108,7 @@ def _on_line(B: Tensor, i: Tensor, j: Tensor, step: Tensor | int) -> Tensor:
     start, dy, dx = torch.where(reverse, j, i), torch.where(reverse, -dy, dy), torch.where(reverse, -dx, dx)
     L = torch.where(wide, dx, dy).clamp_min(1)
     step = L.clamp_max(step)
-    # step * d / L is a whole number along the longer axis; the remainder is the shorter axis's. Integers make a line
-    # and its reverse use the same samples.
+    # step * dy / L and step * dx / L: one is whole, the other's remainder is kept. In integers the division is exact.
     down, right = step * dy // L, step * dx // L                # whole pixels,
     remainder = step * (dy + dx) - L * (down + right)           # and L-ths of one
     near = start + down * W + right
@@ -209,12 +208,12 @@ def connected_regions(G: Tensor) -> Tensor:
     blocks = G.split(max(1, _way(G).block // n))                # a few rows of G at a time, for memory
     while True:
         seen = torch.cat([torch.where(g, first.int(), n).amin(1) for g in blocks]).long()   # [HW]  over the neighbours
-        # Give the lower number to the root of i's tree, not to i alone, then let every pixel point at its root: about
-        # log(HW) rounds suffice.
-        last, first = first, first.scatter_reduce(0, first, seen, "amin")
+        # `first` points at roots: lower the root itself, not i alone, then point every pixel at its root: about log(HW)
+        # rounds suffice.
+        before, first = first, first.scatter_reduce(0, first, seen, "amin")
         for _ in range(n.bit_length()):
             first = first[first]
-        if torch.equal(first, last):
+        if torch.equal(first, before):
             return _numbered(first)
 
 
@@ -256,7 +255,7 @@ def representative_score(Fg: Tensor, labels: Tensor) -> Tensor:
 
     The mean runs over all of R_q, i included (R5).
 
-    F^g [HW, HW], labels [HW] -> J [HW]. Gradient: to F^g; only through J can eqs. 5-8 teach W^g, B and C (R16).
+    F^g [HW, HW], labels [HW] -> J [HW]. Gradient: to F^g; `RCB` passes it on to W^g only, unless joint (R16).
     """
     _check(Fg=Fg, labels=labels)
     same = labels[:, None] == labels                            # [HW, HW]
@@ -362,9 +361,9 @@ def construct_regions(B: Tensor, C: Tensor, Wg: Tensor, threshold: float = 0.8, 
     """
     _check(B=B, C=C, Wg=Wg)
     _check_settings(cues=cues, threshold=threshold)
-    none = B.new_zeros(B.numel(), B.numel())                    # [HW, HW]  of a cue that is left out (R10)
-    D = none if cues == "semantic" else boundary_probability(B)     # [HW, HW]  eq. 1
-    E = none if cues == "boundary" else semantic_divergence(C)      # [HW, HW]  eq. 2
+    zero = B.new_zeros(B.numel(), B.numel())                    # [HW, HW]  for a cue that is left out (R10)
+    D = zero if cues == "semantic" else boundary_probability(B)     # [HW, HW]  eq. 1
+    E = zero if cues == "boundary" else semantic_divergence(C)      # [HW, HW]  eq. 2
     F = region_attention(D, E)                                  # [HW, HW]  eq. 3
     Fg = regularize(F, Wg, B.shape)                             # [HW, HW]  eq. 4
     labels = connected_regions(region_decision(Fg, threshold))  # [HW]
@@ -375,7 +374,7 @@ def construct_regions(B: Tensor, C: Tensor, Wg: Tensor, threshold: float = 0.8, 
 
 def exchange_context(A: Tensor, J: Tensor, labels: Tensor, K: int = 8, intra: bool = True, inter: bool = True,
                      mean: bool = True) -> Tensor:
-    """Eqs. 6-8, what `RIB` computes: A [HW, M], J and labels [HW] to O [HW, M]; intra, inter and mean as there.
+    """Eqs. 6-8, what `RIB` computes: A [HW, M], J and labels [HW] to O [HW, M]; intra, inter and mean as in `RIB`.
 
     Gradient: to A and J.
     """
@@ -436,9 +435,9 @@ class RCB(nn.Module):
         with torch.autocast(B.device.type, enabled=False):
             B, C = _at_least_float32(B), _at_least_float32(C)
             Wg = self.kernel().to(B)                            # [k, k]
-            images = max(1, _way(B).pairs_at_once // B[0].numel() ** 2)     # that share their calls; at 97 x 97, one
+            at_once = max(1, _way(B).pairs_at_once // B[0].numel() ** 2)        # images; at 97 x 97, one
             parts = [_construct(*part, Wg, self.threshold, self.cues, self.join_lone)
-                     for part in zip(B.split(images), C.split(images))]
+                     for part in zip(B.split(at_once), C.split(at_once))]
             labels, means = map(torch.cat, zip(*parts))         # [b, HW], [b, HW, k k]
             # Eq. 5 is linear in W^g: from the k k means of F, so that W^g gets its gradient and F needs no graph.
             J = _clip((means * Wg.flatten()).sum(2))            # [b, HW]  over the offsets of W^g
@@ -570,8 +569,8 @@ def ranet_loss(output: Output, label: Tensor, mask: Tensor, weights: tuple[float
                counts: Tensor | None = None) -> Loss:
     r"""Cross-entropy of the fine map, of the coarse map C and of the boundary map B.
 
-    Each is a mean over the labelled pixels; B's, over the cells of its grid that hold a labelled pixel,
-    with the mask max-pooled to that grid (R11). The paper gives no weights: they are equal (R12).
+    Each is a mean over the labelled pixels; B's, over the cells of its grid that hold a pixel whose mask
+    is known, with the mask max-pooled to that grid (R11). The paper gives no weights: they are equal (R12).
 
     label: [b, h, w] int64, a class 0..N-1 or 255 for ignored.
     mask: [b, h, w], 1 on the boundary, 0 off it, 255 where label is ignored and no boundary is known.
@@ -610,7 +609,7 @@ def pool_boundary(mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def label_counts(label: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """[2]: the number of labelled pixels, and of the cells of B's grid, of that size, that hold one."""
+    """[2]: the number of labelled pixels, and of the cells of B's grid, of that size, whose mask is known."""
     return torch.stack(((label != 255).sum(), pool_boundary(mask, size)[1].sum())).float()
 
 
@@ -660,7 +659,7 @@ def _attention(B: Tensor, C: Tensor, cues: str, blocks: list[tuple[int, int]]) -
     if cues != "semantic":
         F.diagonal(0, 1, 2).copy_(B.flatten(1))
         way.lines(B, F)                                         # eq. 1
-    columns = max(1, way.block // (b * C.shape[1] * blocks[0][1]))
+    columns = max(1, way.block // (b * C.shape[1] * blocks[0][1]))      # [b, N, rows, columns] fits a block
     for a, z in blocks:
         D = F[:, a:z, a:]                                       # [b, rows, HW - a]
         E = torch.zeros_like(D) if cues == "boundary" else torch.cat(
@@ -682,8 +681,8 @@ def _tables(B: Tensor, out: Tensor) -> Iterator:
     is `out` as [b, y, x, y', x'], m the highest |r|: exact diagonals belong to the others.
     """
     b, H, W = B.shape
-    pairs = out.view(b, H, W, H, W)
-    for field, pairs, flat in ((B, pairs, 1), (B.mT, pairs.permute(0, 2, 1, 4, 3), 0)):
+    view = out.view(b, H, W, H, W)
+    for field, pairs, flat in ((B, view, 1), (B.mT, view.permute(0, 2, 1, 4, 3), 0)):
         slope, steps = field.diff(dim=1)[:, :, None], torch.arange(field.shape[2], device=B.device).to(B.dtype)[:, None]
         for L in range(1, field.shape[2]):
             T = (field[:, :-1, None] + steps[:L] / L * slope).flatten(1, 2)     # [b, (h - 1) L, w]
@@ -694,10 +693,10 @@ def _walks(B: Tensor, out: Tensor) -> None:
     """For one L and r, the samples of all lines are a strided view of T, and one maximum serves all."""
     for T, L, m, pairs, flat in _tables(B, out):
         b, h, w = pairs.shape[:3]
-        wide = -(-(w - L) // 32) * 32                           # a maximum is several times faster on rows of whole 32s
-        T = nn.functional.pad(torch.stack((T, T.flip(1))).flatten(2), (0, wide))        # down, and up
+        padded = -(-(w - L) // 32) * 32                         # a maximum is several times faster on rows of whole 32s
+        T = nn.functional.pad(torch.stack((T, T.flip(1))).flatten(2), (0, padded))      # down, and up
         for r in range(m + 1):
-            walks = T.as_strided((2, b, L + 1, h - r, wide), (*T.stride()[:2], r * w + 1, L * w, 1))
+            walks = T.as_strided((2, b, L + 1, h - r, padded), (*T.stride()[:2], r * w + 1, L * w, 1))
             found = walks.amax(2) if out.is_floating_point() else walks[..., :w - L].max(2)[1]      # over s
             down, up = found[..., :w - L]                       # [b, h - r, w - L] each
             pairs.diagonal(r, 1, 3).diagonal(L, 1, 2).copy_(down)
@@ -760,7 +759,7 @@ def _join(labels: Tensor, mean_Fg: Callable, rows: int) -> Tensor:
 class _Joint(torch.autograd.Function):
     """J [b, HW] unchanged. Backward, J's gradient goes on to W^g unchanged, and through eqs. 1-5 to B and C.
 
-    That is the gradient of a sum over pairs of pixels, of dJ_i / |R_q| share_q(j) F_ij, where q is i's region and
+    That is the gradient of a sum over pairs of pixels, of dJ_i share_q(j) F_ij / |R_q|, where q is i's region and
     share_q(j) the weight of F_ij in the sum of F^g_i over R_q: 0 except in R_q and around it. So rows of one region go
     together.
     """
@@ -783,14 +782,14 @@ class _Joint(torch.autograd.Function):
 
 
 def _backward(B: Tensor, C: Tensor, labels: Tensor, dJ: Tensor, Wg: Tensor, cues: str) -> None:
-    """Adds the gradients of one image to those of the batches that B [H, W] and C [N, H, W] are part of."""
+    """Adds one image's gradients to those of the batch, of which B [H, W] and C [N, H, W] are views."""
     size, n = labels.bincount(), len(labels)                    # [Q]
     rows = max(1, min(_way(B).rows, 2 ** 25 // C.numel()))      # [N, rows, HW] stays below 2^25 numbers
     steps = B.new_zeros(1, n, n, dtype=torch.uint8 if max(B.shape) < 256 else torch.int16)      # [1, HW, HW]
     if cues != "semantic":                                      # at which step each line is highest, for i < j
         _way(B).lines(B.detach()[None], steps)
     member = (labels == torch.arange(len(size), device=B.device)[:, None]).to(B).requires_grad_()       # [Q, HW]
-    share, = torch.autograd.grad(regularize(member, Wg, B.shape), member, member)            # [Q, HW]
+    share, = torch.autograd.grad(regularize(member, Wg, B.shape), member, member)   # [Q, HW]  the transpose of eq. 4
     for i in labels.argsort(stable=True).split(rows):
         j = share[labels[i]].any(0).nonzero()[:, 0]             # [columns]
         weight = (dJ / size[labels])[i, None] * share[labels[i]][:, j]      # [rows, columns]

@@ -876,7 +876,7 @@ MUTATIONS = [
     ("eq4", "return (Fg + Fg.T) / 2 > threshold", "return (Fg + Fg) / 2 > threshold"),              # no transpose
     ("eq4", "return (Fg + Fg.T) / 2 > threshold", "return (Fg + Fg.T) / 2 >= threshold"),           # sgn(0) = 1
     ("eq4", "return (Fg + Fg.T) / 2 > threshold", "return Fg + Fg.T > threshold"),                  # missing half
-    ("regions", "if torch.equal(first, last):", "if True:"),                                        # one round
+    ("regions", "if torch.equal(first, before):", "if True:"),                                        # one round
     ("regions", "((first == pixel).cumsum(0) - 1)", "(first == pixel).cumsum(0)"),                # numbered from 1
     ("eq5", "(Fg * same).sum(1)", "(Fg * same).sum(0)"),                                            # wrong axis
     ("eq5", "same.sum(1))  ", "len(Fg))  "),                                                        # mean over all
@@ -923,7 +923,7 @@ MUTATIONS = [
     ("rcb", "torch.stack((T, T.flip(1)))", "torch.stack((T, T))"),                                  # one direction
     ("rcb", "copy_(up.flip(1))", "copy_(up)"),
     ("rcb", "(r, -L) if flat else (-r, L)", "(-r, L)"),                                             # j > i
-    ("rcb", "(B.mT, pairs.permute(0, 2, 1, 4, 3), 0)", "(B.mT, pairs.permute(0, 2, 1, 4, 3), 1)"),  # no diagonals
+    ("rcb", "(B.mT, view.permute(0, 2, 1, 4, 3), 0)", "(B.mT, view.permute(0, 2, 1, 4, 3), 1)"),  # no diagonals
     ("rcb", "(y[:p] * L + s * r[:p]) * w", "(y[:p] * L + s) * w"),                                  # level lines
     ("rcb", "(slice(None), *j, *i)", "(slice(None), *i, *j)"),                                      # i < j or j < i
     ("rcb", "F[:, a:z, a:z].triu(1).mT", "F[:, a:z, a:z].tril(-1)"),

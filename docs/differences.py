@@ -63,8 +63,8 @@ def boundary_target(labels: list[Tensor]) -> None:
         rows.append((mask.mean(), cells.mean(), mask[up == 1].mean(), band.mean()))
     full, pooled, taught, band = torch.tensor(rows).mean(0).tolist()
     print(f"\nR11. Boundary pixels {full:.1%}; boundary cells of the pooled mask at stride 8 {pooled:.1%}; within "
-          f"these cells\n{taught:.0%} of the pixels are boundary: what a loss at image size teaches B there. With these "
-          f"pixels ignored\n{band:.1%} of the cells hold a boundary pixel.")
+          f"these cells\n{taught:.0%} of the pixels are boundary: what a loss at image size teaches B there.\nWith "
+          f"the boundary pixels ignored {band:.1%} of the cells hold a boundary pixel.")
 
 
 @torch.no_grad()

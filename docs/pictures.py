@@ -200,7 +200,7 @@ def pathways() -> Image.Image:
             a, b = a + 17 * way + 5 * side, b - 17 * way + 5 * side
             pen.line((*a.tolist(), *b.tolist()), "black", 1 + round(3 * weight))
             pen.polygon([tuple((b + x).tolist()) for x in (3 * way, 5 * side - 7 * way, -5 * side - 7 * way)], "black")
-            pen.text(tuple((a + (b - a) * 0.3 + 13 * side).tolist()), f"{weight:.2f}", "#b00020", font, anchor="mm")
+            pen.text(tuple((a + (b - a) * 0.28 + 13 * side).tolist()), f"{weight:.2f}", "#b00020", font, anchor="mm")
         for i, (x, y) in places.items():
             pen.circle((x + 310 * n, y), 15 if i in reps else 10, "white" if i in reps else "#888888", "black", 2)
             pen.text((x + 310 * n, y), str(i), "black" if i in reps else "white", font, anchor="mm")

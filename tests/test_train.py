@@ -159,8 +159,8 @@ def test_train_a_full_disk_keeps_the_checkpoint(monkeypatch):
                                 "dataloader's workers are out of shared memory.")),
      "too little shared memory for workers: raise it"),
     (partial(ends, data.DataError("banana.png is no readable picture")), "picture; out/last.pt is whole, and --resume"),
-    (partial(ends, RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore")), "a smaller --crop, --batch"),
-    (partial(ends, RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")), "step 1: a process that lo"),
+    (partial(ends, RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore")), "a smaller --crop"),
+    (partial(ends, RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")), "step 1: a process that"),
     (partial(ends, RuntimeError("received 0 items of ancdata")), "too many open files: raise the limit"),
     (partial(ends, OSError(24, "Too many open files")), "or use fewer --workers; out/last.pt is whole, and --resume"),
     (partial(ends, OSError(5, "Input/output error", "a/b.png")), "step 1: a/b.png: Input/output error; out/last.pt"),
@@ -244,7 +244,7 @@ def test_train_order_is_one_permutation_an_epoch():
 
 
 def test_train_what_is_drawn_depends_on_seed_step_and_slot():
-    """Not the seeds: torch keeps 32 bits of them. Two epochs of 65,536 steps are the same to a seed of 16 bits a step."""
+    """Of what is drawn, not of the seeds: torch keeps 32 bits of them."""
     image, label = torch.randint(256, (3, 90, 90), dtype=torch.uint8), torch.zeros(90, 90, dtype=torch.uint8)
 
     def drawn(seed, step, slot):
@@ -436,7 +436,7 @@ def test_train_checkpoints_that_do_not_fit():
         assert said in fails("evaluate", "x.pt")
     Path("old").mkdir()
     for lost in ("draws", "optimizer"):
-        args = {key: x for key, x in checkpoint["args"].items() if key not in ("k", "strides", "amp", "channels", "crop")}
+        args = {key: x for key, x in checkpoint["args"].items() if key not in ("k", "strides", "amp", "crop")}
         torch.save({key: x for key, x in {**checkpoint, "args": args}.items() if key != lost}, "old/last.pt")
         assert "old/last.pt cannot be resumed: it is of an earlier version" in fails("--resume", "--out", "old")
         run("evaluate", "old/last.pt", "--workers", 0)          # the recipe has what is missing
@@ -498,7 +498,7 @@ def test_train_looks_at_the_labels_first(photos, capsys):
     assert "train: nothing is labelled in its 2 images" in fails(*photos, "--out", "new")
     Image.fromarray(np.uint8(255 * np.eye(20, 24))).save("set/train/labels/0.png")      # 0 and 255, as many tools write
     run(*photos, "--out", "new")
-    assert "train: no pixel of 1 of 2 classes (road); 52% of the pixels are 255, ignored: if" in capsys.readouterr().out
+    assert "train: no pixel of 1 of 2 classes (road); 52% of the pixels are 255, ignored" in capsys.readouterr().out
     shared = child(*photos, "--out", "two", processes=2)        # each looks at one of the two
     assert shared.stdout.count("train: no pixel of 1 of 2 classes (road)") == 1, shared.stderr[-2000:]
     Image.new("RGB", (24, 20)).save("set/train/labels/1.png")
@@ -562,7 +562,7 @@ def test_train_draws_the_regions_of_a_whole_photo(photos):
     run("evaluate", "out/last.pt", "wide.jpg", "--regions", "--out", "new")
     with Image.open("new/wide_regions.png") as picture:         # photo, B, regions, coarse, fine: 384 x 192 each
         assert picture.size == (5 * 392 + 8, 192 + 16) and picture.getpixel((100, 100))[0] == pytest.approx(90, abs=3)
-        whites = [(x, y) for x in range(792, 1176) for y in range(8, 200) if picture.getpixel((x, y)) == (255, 255, 255)]
+        whites = [(x, y) for x in range(792, 1176) for y in range(8, 200) if min(picture.getpixel((x, y))) == 255]
     xs, ys = (np.ptp([at[k] for at in whites]) for k in (0, 1))         # representatives of a map of 2 x 4 pixels
     assert whites and xs == pytest.approx(3 * 96, abs=5) and ys == pytest.approx(96, abs=5)
     assert "wide_regions.png" in os.listdir("new") and len(os.listdir("new")) == 3
