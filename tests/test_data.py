@@ -287,7 +287,7 @@ def test_data_boundary_mask_of_an_outlined_object():
 
 @pytest.mark.parametrize("old, new", [
     ("& two & (wide == 0)", "& two"), ("& two & (wide == 0)", "& (wide == 0)"),
-    ("constant_values=True", "constant_values=False"), ("cval=1", "cval=0"), ("side = label.numpy(), 2 * band + 1", "side = label.numpy(), 2 * band - 1")])
+    ("constant_values=True", "constant_values=False"), ("cval=1", "cval=0"), ("2 * band + 1\n", "2 * band - 1\n")])
 def test_data_boundary_mutants_are_caught(old, new, monkeypatch):
     source, mutant = inspect.getsource(data.boundary_mask), dict(vars(data))
     assert source.count(old) == 1
