@@ -673,13 +673,11 @@ def _attention(B: Tensor, C: Tensor, cues: str, blocks: list[tuple[int, int]]) -
 
 def _tables(B: Tensor, out: Tensor) -> Iterator:
     """What eq. 1 is read from, for images B [b, H, W] into `out` [b, HW, HW] at (i, j), i < j: the highest sample of
-    each line, or, if `out` holds integers, the first step where it is met.
-
-    Lines of the same L (steps along the longer axis) are read from one table: with the shorter axis laid out at every
-    L-th of a pixel in T [b, (h - 1) L + 1, w], step s of the line from row y and column x to row y + r and column x + L
-    is T[y L + s r, x + s]. First for flat lines, wider than high; then for the others, with the axes exchanged. `pairs`
-    is `out` as [b, y, x, y', x'], m the highest |r|: exact diagonals belong to the others.
-    """
+    each line, or, if `out` holds integers, the first step where it is met. Lines of the same L (steps along the longer
+    axis) have one table: with the shorter axis laid out every 1 / L pixel in T [b, (h - 1) L + 1, w], step s of the
+    line from row y and column x to row y + r and column x + L is T[y L + s r, x + s]. First for flat lines, wider than
+    high; then for the others, with the axes exchanged. `pairs` is `out` as [b, y, x, y', x'], m the highest |r|: exact
+    diagonals belong to the others."""
     b, H, W = B.shape
     view = out.view(b, H, W, H, W)
     for field, pairs, flat in ((B, view, 1), (B.mT, view.permute(0, 2, 1, 4, 3), 0)):
@@ -757,12 +755,9 @@ def _join(labels: Tensor, mean_Fg: Callable, rows: int) -> Tensor:
 
 
 class _Joint(torch.autograd.Function):
-    """J [b, HW] unchanged. Backward, J's gradient goes on to W^g unchanged, and through eqs. 1-5 to B and C.
-
-    That is the gradient of a sum over pairs of pixels, of dJ_i share_q(j) F_ij / |R_q|, where q is i's region and
-    share_q(j) the weight of F_ij in the sum of F^g_i over R_q: 0 except in R_q and around it. So rows of one region go
-    together.
-    """
+    """J [b, HW] unchanged. Backward, J's gradient goes on to W^g unchanged, and through eqs. 1-5 to B and C: that of a
+    sum over pairs of pixels, of dJ_i share_q(j) F_ij / |R_q|, where q is i's region and share_q(j) the weight of F_ij
+    in the sum of F^g_i over R_q, 0 except in R_q and around it. So rows of one region go together."""
 
     @staticmethod
     def forward(ctx, J, B, C, Wg, labels, cues):
