@@ -216,7 +216,7 @@ def main() -> None:
     if given[0] == "growth":
         drawn = {"regions": growth(args.given[1:] or ["1", "7", "9"], flags)}
     elif given in (["line"], ["pathways"]):
-        drawn = {given[0]: globals()[given[0]]()}
+        drawn = {given[0]: {"line": line, "pathways": pathways}[given[0]]()}
     elif len(given) == 2:
         model, known, checkpoint = network(given[0])
         image = picture(given[1])
