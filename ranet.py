@@ -631,9 +631,9 @@ def _construct(B: Tensor, C: Tensor, Wg: Tensor, threshold: float, cues: str, jo
     def mean_Fg(f: Tensor, i: Tensor, a: int = 0) -> Tensor:
         """(F^g_ij + F^g_ji) / 2 for some pixels i and all j >= a, [b, len(i), HW - a]. f is F, or one image of it; as
         it is symmetric, F^g_ji is F_ji smoothed over i."""
-        over_j = sum((w * x).flatten(1)[:, a:] for w, x in zip(Wg.flatten(), _shifted(f[:, i], k, (H, W))))
-        over_i = sum(w * f[:, at, a:] for w, at in zip(Wg.flatten(), neighbour[:, i]))
-        return (over_j.view(over_i.shape) + over_i) / 2
+        offsets = zip(Wg.flatten(), _shifted(f[:, i], k, (H, W)), neighbour[:, i])
+        # The first term smooths over j, the second over i.
+        return sum((w * x).view(len(f), -1, n)[..., a:] + w * f[:, at, a:] for w, x, at in offsets) / 2
 
     G = torch.empty(b, n, n, dtype=torch.bool, device=B.device)     # [b, HW, HW]
     for a, z in blocks:

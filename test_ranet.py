@@ -911,7 +911,7 @@ MUTATIONS = [
     ("lone", "mean.argmax(1), labels", "mean.argmin(1), labels"),                                   # the least attached
     ("lone", "return _numbered(torch.where(size", "return (torch.where(size"),                      # gaps in numbers
     ("rcb", "large = (size > 1)", "large = (size > 2)"),                                            # not to pairs
-    ("rcb", "(over_j.view(over_i.shape) + over_i) / 2", "over_j.view(over_i.shape)"),               # one direction
+    ("rcb", "+ w * f[:, at, a:] for", "+ (w * x).view(len(f), -1, n)[..., a:] for"),                # one direction
     ("rcb", "(S @ member.to(S) / size[large]).", "(S @ member.to(S))."),                            # sum, no mean
     ("rcb", "(means * Wg.flatten()).sum(2)", "(means * Wg.T.flatten()).sum(2)"),                    # kernel transposed
     ("rcb", "torch.cat(totals, 1) / size[..., None]", "torch.cat(totals, 1)"),                          # sum, no mean
