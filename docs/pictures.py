@@ -135,7 +135,8 @@ def weights(image: Tensor, maps: SimpleNamespace, chosen: list[int], K: int) -> 
 
 def growth(pictures: list[str], flags: list[str]) -> Image.Image:
     """Figure 5: the regions of pictures as the training of the README's first command goes on, or one with flags."""
-    args = train.parse(flags).settings
+    with TemporaryDirectory() as folder:                        # not where a run of the same flags may lie
+        args = train.parse(["--out", folder, *flags]).settings
     if args.context in models.PEERS:
         sys.exit(f"--context {args.context} makes no regions")
     steps = [args.steps * share // 20 for share in (0, 1, 2, 5, 10, 20)]        # of these train.py saves all but 0
