@@ -41,7 +41,7 @@ def trained(tmp_path_factory):
 def drawn():
     """A network that knows the objects of a scene, so that its regions have many sizes; the scene and its maps."""
     torch.manual_seed(0)
-    model = models.build(train.parse([]).settings, 7).eval()
+    model = models.build(train.parse(["--out", "nowhere"]).settings, 7).eval()
     model.reduce[1].weight.data *= 60                           # otherwise all features and weights are nearly equal
     model.context.rcb.logits.data[0, 1] = 2                             # W^g has a direction
     image, label = data.load("ribbons", split="val")[9]
