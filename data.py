@@ -56,7 +56,8 @@ def load(name: str, root: str | Path | None = None, split: str = "train") -> Dat
     if name not in SETS:
         raise DataError(f"unknown data set {name!r}, expected one of {', '.join(SETS)}")
     if (root is None) != (name == "ribbons"):
-        raise DataError("ribbons is generated and has no root" if root else f"{name} needs root, its folder")
+        raise DataError("ribbons is generated and has no root; for your own pictures add --data folder" if root
+                        else f"{name} needs root, its folder")
     if split not in SETS[name].splits:
         raise DataError(f"unknown split {split!r} of {name}, expected one of {', '.join(SETS[name].splits)}")
     return Ribbons(split) if name == "ribbons" else SETS[name](Path(root), split)
@@ -428,7 +429,7 @@ class Folder(Files):
             other = names.setdefault(key(path), path)
             if other != path:               # one label, and one name for the prediction
                 raise DataError(f"{other} and {path.name}: two images of one name")
-        found = {key(path): path for path in sorted(labels.glob("*"), key=lambda path: path.suffix == ".png")}
+        found = {key(path): path for path in sorted(labels.glob("[!.]*"), key=lambda path: path.suffix == ".png")}
         alone = sorted(path.name for name, path in found.items() if name not in names and path.suffix == ".png")
         if alone:
             print(f"{labels}: {len(alone)} labels without an image, {alone[0]} is the first", file=sys.stderr)

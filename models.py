@@ -188,9 +188,9 @@ def read(path: str | Path) -> dict:
     except Exception:       # noqa: BLE001  torch raises whatever bytes that are no checkpoint lead to
         sys.exit(f"{path} cannot be read as a checkpoint")
     keys = {"args", "step", "model", "classes", "palette"}
-    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys() or not isinstance(checkpoint["args"], dict):
-        lost = "" if not isinstance(checkpoint, dict) else f": it has no {', '.join(sorted(keys - checkpoint.keys()))}"
-        sys.exit(f"{path} is no checkpoint of train.py{lost}")
+    lost = ", ".join(sorted(keys - checkpoint.keys() if isinstance(checkpoint, dict) else keys))
+    if lost or not isinstance(checkpoint["args"], dict):
+        sys.exit(f"{path} is no checkpoint of train.py: it has no {lost or 'settings in args'}")
     data, context = (checkpoint["args"].get(key) for key in ("data", "context"))
     if data not in SETS or context not in CONTEXTS:
         sys.exit(f"{path} is of another version: --data {data} --context {context}")

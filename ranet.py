@@ -173,10 +173,10 @@ def regularize(F: Tensor, Wg: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _shifted(maps: Tensor, k: int, size: tuple[int, int]) -> Iterator[Tensor]:
-    """For each offset of a k x k kernel what maps [r, HW] have at that offset from every pixel: [r, H, W]."""
+    """For each offset of a k x k kernel what maps [n, HW] have at that offset from every pixel: [n, H, W]."""
     H, W = size
-    maps = maps.reshape(1, -1, H, W)                            # [1, r, H, W]
-    maps = nn.functional.pad(maps, (k // 2,) * 4, mode="replicate")[0]      # [r, H + k - 1, W + k - 1]
+    maps = maps.reshape(1, -1, H, W)                            # [1, n, H, W]
+    maps = nn.functional.pad(maps, (k // 2,) * 4, mode="replicate")[0]      # [n, H + k - 1, W + k - 1]
     return (maps[:, a:a + H, b:b + W] for a in range(k) for b in range(k))
 
 
@@ -469,11 +469,11 @@ class RIB(nn.Module):
         _expect(_is_tensor(A, 4) and A.is_floating_point(), "A", "floating-point features [b, M, H, W]", A)
         shapes = [getattr(x, "shape", None) for x in regions] if isinstance(regions, tuple) else None
         _expect(shapes == 2 * [A[:, 0].shape], "regions", f"labels and J, {list(A[:, 0].shape)} each", str(shapes))
-        (labels, J), contexts = regions, []                     # contexts: b times [HW, M]
+        labels, J = regions
         with torch.autocast(A.device.type, enabled=False):
             pixels = _at_least_float32(A).flatten(2).mT         # [b, HW, M]
-            for a, j, q in zip(pixels, J.flatten(1).to(pixels.dtype), labels.flatten(1)):
-                contexts.append(exchange_context(a, j, q, self.representatives, self.intra, self.inter, self.mean))
+            contexts = [exchange_context(*image, self.representatives, self.intra, self.inter, self.mean)      # [HW, M]
+                        for image in zip(pixels, J.flatten(1).to(pixels.dtype), labels.flatten(1))]
         return torch.stack(contexts).mT.reshape(A.shape).to(A.dtype)
 
 
@@ -594,16 +594,16 @@ def ranet_loss(output: Output, label: Tensor, mask: Tensor, weights: tuple[float
     pixels, cells = label_counts(label, mask, output.boundary.shape[1:]) if counts is None else counts
     fine, coarse = (nn.functional.cross_entropy(_at_least_float32(x), label, ignore_index=255, reduction="sum")
                     / pixels.clamp_min(1) for x in (output.fine, output.coarse))   # mean over the labelled pixels
-    target, labelled = pool_boundary(mask, output.boundary.shape[1:])
+    target, known = pool_boundary(mask, output.boundary.shape[1:])
     boundary = nn.functional.binary_cross_entropy_with_logits(
-        _at_least_float32(output.boundary), target, weight=labelled, reduction="sum")
-    boundary = boundary / cells.clamp_min(1)                    # mean over the labelled cells
+        _at_least_float32(output.boundary), target, weight=known, reduction="sum")
+    boundary = boundary / cells.clamp_min(1)                    # mean over the known cells
     total = weights[0] * fine + weights[1] * coarse + weights[2] * boundary
     return Loss(total, fine, coarse, boundary)
 
 
 def pool_boundary(mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The boundary mask [b, h, w] on B's grid: two [b, H, W] of 0 and 1, boundary and labelled cells (R11)."""
+    """The boundary mask [b, h, w] on B's grid: two [b, H, W] of 0 and 1, cells on the boundary and known ones (R11)."""
     pool = nn.functional.adaptive_max_pool2d
     return pool((mask == 1).float(), size), pool((mask != 255).float(), size)
 

@@ -81,7 +81,8 @@ def train(args: argparse.Namespace, where: Where) -> None:
     if mean(torch.tensor([float(start)], device=device), world).item() != start:
         sys.exit(f"{out} has to be a folder that all machines share")
     data, val = (load(settings.data, settings.root, split) for split in (settings.split, "val"))
-    if saved and saved["images"] != names(data):
+    images = names(data)
+    if saved and saved["images"] != images:
         sys.exit(f"{last} was trained on other pictures than those in {settings.root}: choose another --out")
     if not saved:           # a resumed run skips this: a broken file would stop it later, and --resume goes on again
         survey(settings.split, data, where)
@@ -145,8 +146,8 @@ def train(args: argparse.Namespace, where: Where) -> None:
             if rank == 0 and (done % save_every == 0 or done == settings.steps):
                 save(last, {
                     "step": done, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "draws": DRAWS,
-                    "images": names(data),
-                    "args": vars(settings), "classes": list(classes), "palette": list(map(list, data.palette))})
+                    "images": images, "args": vars(settings), "classes": list(classes),
+                    "palette": list(map(list, data.palette))})
     except (KeyboardInterrupt, ValueError, OSError, RuntimeError) as error:
         if not (expected(error) or isinstance(error, torch._dynamo.exc.TorchDynamoException)):      # no compiler
             raise
@@ -206,8 +207,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if given[key] != known[key]:
             sys.exit(f"--{key} {given[key]} contradicts {last}, which was trained with {known[key]}")
     data = known.get("data", given.get("data", "ribbons"))
-    if data == "ribbons" and args.root:
-        sys.exit(f"--root {args.root}: ribbons is generated and has no root; for your own pictures add --data folder")
     args.settings = settings = argparse.Namespace(**{**RECIPES[data], "data": data, **known, **given})
     small = settings.backbone == "small"
     settings.weights = settings.weights or ("none" if small else "imagenet")

@@ -78,7 +78,7 @@ def test_data_folder(folder, capsys):
 def test_data_folder_pairs_and_what_has_no_partner(folder, capsys):
     for kind, form in (("images", "NFD"), ("labels", "NFC")):       # as two systems write one name
         write(folder, {f"train/{kind}/{unicodedata.normalize(form, chr(233))}.png": np.zeros((6, 8))})
-    write(folder, {"train/labels/lone.png": np.zeros((6, 8))})
+    write(folder, {"train/labels/lone.png": np.zeros((6, 8)), "train/labels/._a.png": ""})
     (folder / "train/images/photos.jpg").mkdir()
     train = data.load("folder", folder)
     assert len(train) == 3 and train[2][1].shape == (6, 8)

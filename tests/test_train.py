@@ -430,7 +430,7 @@ def test_train_checkpoints_that_do_not_fit():
             ({**checkpoint, "classes": ["a"]}, "class 0 is 'a' in x.pt and 'wall' in the data (1 and 7 classes)"),
             ({**checkpoint, "args": {**checkpoint["args"], "context": "spp"}}, "another model"),
             ({**checkpoint, "args": {**checkpoint["args"], "data": "shapes"}}, "another version: --data shapes"),
-            (checkpoint["model"], "no checkpoint"), ({**checkpoint, "args": None}, "no checkpoint"),
+            (checkpoint["model"], "it has no args, classes, model"), ({**checkpoint, "args": None}, "settings in args"),
             ({k: v for k, v in checkpoint.items() if k != "palette"}, "no checkpoint of train.py: it has no palette")):
         torch.save(changed, "x.pt")
         assert said in fails("evaluate", "x.pt")
