@@ -168,7 +168,8 @@ def regularize(F: Tensor, Wg: Tensor, size: tuple[int, int]) -> Tensor:
     """
     _check(F=F, Wg=Wg)
     _expect(len(Wg) % 2 == 1, "Wg", "an odd k", Wg)
-    _expect(size[0] * size[1] == F.shape[1], "size", f"(H, W) with HW = {F.shape[1]}", str(size))
+    whole = isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(x, Integral) and x > 0 for x in size)
+    _expect(whole and size[0] * size[1] == F.shape[1], "size", f"(H, W) with HW = {F.shape[1]}", str(size))
     return sum(w * x for w, x in zip(Wg.flatten(), _shifted(F, len(Wg), size))).flatten(1)      # [HW, HW]
 
 

@@ -805,7 +805,7 @@ def bad_inputs():
         (ranet.semantic_divergence, {}, {"C": [B, C / 2, C - 1]}),
         (ranet.region_attention, {"D": pairs, "E": pairs}, {"D": [0, J], "E": [0, pairs[:3, :3], pairs.float()]}),
         (ranet.regularize, {"F": pairs, "Wg": kernel, "size": (3, 4)},
-         {"F": [J], "Wg": [kernel[:2], kernel[:2, :2], kernel.float()], "size": [(4, 4)]}),
+         {"F": [J], "Wg": [kernel[:2], kernel[:2, :2], kernel.float()], "size": [(4, 4), 12, (12,), (-3, -4)]}),
         (ranet.region_decision, {"Fg": pairs}, {"Fg": [pairs[:3]], "threshold": [2]}),
         (ranet.connected_regions, {}, {"G": [pairs, (pairs > 0)[:3]]}),
         (ranet.join_lone_pixels, {"labels": labels, "Fg": pairs}, {"labels": [labels[:3]], "Fg": [pairs[:3]]}),
