@@ -135,9 +135,9 @@ class NonLocal(nn.Module):
 PEERS = {"none": lambda M: NoContext(), "spp": PyramidPooling, "nonlocal": NonLocal}
 # A variant of your own is one row, {options of RCB}, {options of RIB}: "tau05": ({"threshold": 0.5}, {}).
 RANETS = {"ranet": ({}, {}), "boundary": ({"cues": "boundary"}, {}), "semantic": ({"cues": "semantic"}, {}),
-          "no-intra": ({}, {"intra": False}), "no-inter": ({}, {"inter": False}), "printed": ({}, {"mean": False}),
+          "no-intra": ({}, {"intra": False}), "no-inter": ({}, {"inter": False}), "printed": ({}, {"printed": True}),
           "joint": ({"joint": True}, {})}
-CONTEXTS = *RANETS, *PEERS                                      # (R10, R8, R16)
+CONTEXTS = *RANETS, *PEERS                                      # (R10, R9, R8, R16)
 
 
 def make_context(name: str, M: int, k: int) -> nn.Module:
@@ -158,7 +158,7 @@ def build(settings: Namespace, num_classes: int, weights: str = "none") -> ranet
 
 # --- Checkpoints -----------------------------------------------------------------------------------------
 
-DRAWS = 2       # how train.py draws images, crops and dropout from a seed; a run that drew otherwise cannot go on
+VERSION = 3     # raised whenever the same settings come to train or compute something else
 
 
 def save(path: Path, checkpoint: dict) -> None:
@@ -192,8 +192,8 @@ def read(path: str | Path) -> dict:
     if lost or not isinstance(checkpoint["args"], dict):
         sys.exit(f"{path} is no checkpoint of train.py: it has no {lost or 'settings in args'}")
     data, context = (checkpoint["args"].get(key) for key in ("data", "context"))
-    if data not in SETS or context not in CONTEXTS:
-        sys.exit(f"{path} is of another version: --data {data} --context {context}")
+    if checkpoint.get("version") != VERSION or data not in SETS or context not in CONTEXTS:
+        sys.exit(f"{path} is of another version of this code: --data {data} --context {context}")
     checkpoint["args"] = {**RECIPES[data], **checkpoint["args"]}        # of a version with fewer settings
     return checkpoint
 

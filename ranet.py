@@ -43,7 +43,8 @@ How the paper is read where it is silent or contradicts itself (docs/differences
     R7   eq. 6: the softmax runs over R_q without its representatives; over nothing, the sum is 0
     R8   eq. 7: one softmax per source region, then the mean over these regions. The paper prints the sum, in which a
          region's own term is one of Q; in the mean it weighs as much as all others together
-    R9   eqs. 6-8: no 1 / sqrt(M) in the exponentials, as printed
+    R9   eqs. 6-8: J stands in the exponentials only, as in the released code; the paper prints it in the sums too. No
+         1 / sqrt(M), as printed
     R10  Table 1: with one cue F = 1 - D or F = 1 - E; without eqs. 6 and 8, A^g reaches only representatives
     R11  boundary target: two classes within radius 2, or beside a narrow ignored band; max-pooled to B's grid
     R12  losses 1 : 1 : 1; where the paper is silent, the values of its released code or of the field
@@ -280,66 +281,73 @@ def select_representatives(J: Tensor, labels: Tensor, K: int) -> Tensor:
     return order[rank < K]                                      # [P]
 
 
-def intra_region_collection(A: Tensor, J: Tensor, labels: Tensor, reps: Tensor) -> tuple[Tensor, Tensor]:
+def intra_region_collection(A: Tensor, J: Tensor, labels: Tensor, reps: Tensor,
+                            printed: bool = False) -> tuple[Tensor, Tensor]:
     r"""Eq. 6: A^l, what each representative collects from the other pixels of its region.
 
-    .. math:: A^l_{q,k} = J(p_{q,k}) A(p_{q,k}) + \sum_{i \in R_q \setminus \phi(R_q)} W^l_{q,k,i} (J_i A_i), \quad
+    .. math:: A^l_{q,k} = A(p_{q,k}) + \sum_{i \in R_q \setminus \phi(R_q)} W^l_{q,k,i} A_i, \quad
               W^l_{q,k,i} = \frac{\exp(A(p_{q,k}) (J_i A_i)^\top)}
                                  {\sum_{j \in R_q \setminus \phi(R_q)} \exp(A(p_{q,k}) (J_j A_j)^\top)}
 
-    Where every pixel of a region is a representative the sum is empty, and 0 (R7).
+    The paper's first line is J(p) A(p) + the sum of W^l (J_i A_i) (R9); printed=True takes it. Where every pixel of a
+    region is a representative the sum is empty, and 0 (R7).
 
     A [HW, M], J [HW], labels [HW], reps [P] -> A^l [P, M]; W^l [P, HW], 0 outside its set. Gradient: to A and J.
     """
     _check(labels=labels, A=A, J=J, reps=reps)
-    JA = J[:, None] * A                                         # [HW, M]  what each pixel sends
+    JA = J[:, None] * A                                         # [HW, M]
     others = labels[reps][:, None] == labels                    # [P, HW]  of the same region,
     others[:, reps] = False                                     #          and no representatives
     Wl = _masked_softmax(A[reps] @ JA.T, others)                # [P, HW]  softmax over those pixels i
-    return JA[reps] + Wl @ JA, Wl                               # [P, M]
+    sent = JA if printed else A                                 # [HW, M]  R9
+    return sent[reps] + Wl @ sent, Wl                           # [P, M]
 
 
 def inter_region_interaction(Al: Tensor, J: Tensor, labels: Tensor, reps: Tensor,
-                             mean: bool = True) -> tuple[Tensor, Tensor]:
+                             printed: bool = False) -> tuple[Tensor, Tensor]:
     r"""Eq. 7: A^g, what each representative receives from those of the other regions.
 
-    .. math:: A^g_{q,k} = J(p_{q,k}) A^l_{q,k}
-              + \frac{1}{Q-1} \sum_{s \neq q,\, i \in \phi(R_s)} W^g_{q,s,k,i} (J(p_{s,i}) A^l_{s,i}), \quad
+    .. math:: A^g_{q,k} = A^l_{q,k}
+              + \frac{1}{Q-1} \sum_{s \neq q,\, i \in \phi(R_s)} W^g_{q,s,k,i} A^l_{s,i}, \quad
               W^g_{q,s,k,i} = \frac{\exp(A^l_{q,k} (J(p_{s,i}) A^l_{s,i})^\top)}
                                    {\sum_{p_{s,j} \in \phi(R_s)} \exp(A^l_{q,k} (J(p_{s,j}) A^l_{s,j})^\top)}
 
-    The weights are normalised for each source region s on its own. The paper has no 1 / (Q - 1): there a
-    region's own word is one of Q, and counts less the more regions there are (R8). mean=False is as printed.
+    The weights are normalised for each source region s on its own. The paper's first line has J(p) before every A^l
+    (R9) and no 1 / (Q - 1): there a region's own word is one of Q, and counts less the more regions there are (R8).
+    printed=True takes it.
 
     A^l [P, M], J [HW], labels [HW], reps [P] -> A^g [P, M]; the paper's second W^g (here Wi) [P, P], 0 within a region.
     Gradient: to A^l and J.
     """
     _check(labels=labels, reps=reps, Al=Al, J=J)
-    JAl = J[reps][:, None] * Al                                 # [P, M]  what each representative sends
+    JAl = J[reps][:, None] * Al                                 # [P, M]
     region = labels[reps]                                       # [P]
     logits = Al @ JAl.T                                         # [P, P]  from the source r (column) to p (row)
     each = logits.split(region.bincount().tolist(), 1)          # Q times [P, |phi(R_s)|]
     Wi = torch.cat([x.softmax(1) for x in each], 1) * (region[:, None] != region)   # [P, P]  softmax over each phi(R_s)
-    terms = max(1, len(each) - 1) if mean else 1                # Q - 1
-    return JAl + Wi @ JAl / terms, Wi                           # [P, M]
+    sent, terms = (JAl, 1) if printed else (Al, max(1, len(each) - 1))              # [P, M]; Q - 1
+    return sent + Wi @ sent / terms, Wi                         # [P, M]
 
 
-def intra_region_distribution(A: Tensor, Ag: Tensor, J: Tensor, labels: Tensor,
-                              reps: Tensor) -> tuple[Tensor, Tensor]:
+def intra_region_distribution(A: Tensor, Ag: Tensor, J: Tensor, labels: Tensor, reps: Tensor,
+                              printed: bool = False) -> tuple[Tensor, Tensor]:
     r"""Eq. 8: O, what each pixel receives from the representatives of its region.
 
-    .. math:: O_i = J_i A_i + \sum_{p_{q,k} \in \phi(R_q)} W^d_{q,k,i} (J(p_{q,k}) A^g_{q,k}), \quad
+    .. math:: O_i = A_i + \sum_{p_{q,k} \in \phi(R_q)} W^d_{q,k,i} A^g_{q,k}, \quad
               W^d_{q,k,i} = \frac{\exp(A_i (J(p_{q,k}) A^g_{q,k})^\top)}
                                  {\sum_{p_{q,j} \in \phi(R_q)} \exp(A_i (J(p_{q,j}) A^g_{q,j})^\top)}
+
+    The paper's first line is J_i A_i + the sum of W^d (J(p) A^g) (R9); printed=True takes it.
 
     A [HW, M], A^g [P, M], J [HW], labels [HW], reps [P] -> O [HW, M]; W^d [HW, P], 0 outside the pixel's region.
     Gradient: to A, A^g and J.
     """
     _check(labels=labels, A=A, J=J, reps=reps, Ag=Ag)
-    JAg = J[reps][:, None] * Ag                                 # [P, M]   what each representative sends
+    JAg = J[reps][:, None] * Ag                                 # [P, M]
     same = labels[:, None] == labels[reps]                      # [HW, P]
     Wd = _masked_softmax(A @ JAg.T, same)                       # [HW, P]  softmax over those of its region
-    return J[:, None] * A + Wd @ JAg, Wd                        # [HW, M]
+    own, sent = (J[:, None] * A, JAg) if printed else (A, Ag)   # [HW, M], [P, M]
+    return own + Wd @ sent, Wd                                  # [HW, M]
 
 
 def _masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
@@ -374,21 +382,19 @@ def construct_regions(B: Tensor, C: Tensor, Wg: Tensor, threshold: float = 0.8, 
 
 
 def exchange_context(A: Tensor, J: Tensor, labels: Tensor, K: int = 8, intra: bool = True, inter: bool = True,
-                     mean: bool = True) -> Tensor:
-    """Eqs. 6-8, what `RIB` computes: A [HW, M], J and labels [HW] to O [HW, M]; intra, inter and mean as in `RIB`.
+                     printed: bool = False) -> Tensor:
+    """Eqs. 6-8, what `RIB` computes: A [HW, M], J and labels [HW] to O [HW, M]; intra, inter, printed as in `RIB`.
 
     Gradient: to A and J.
     """
     _check(labels=labels, A=A, J=J)
     _check_settings(K=K)
     reps = select_representatives(J, labels, K)                 # [P]
-    Jp = J[reps][:, None]                                       # [P, 1]
-    own = J[:, None] * A                                        # [HW, M]
-    Al = intra_region_collection(A, J, labels, reps)[0] if intra else own[reps]             # [P, M]   eq. 6
-    Ag = inter_region_interaction(Al, J, labels, reps, mean)[0] if inter else Jp * Al       # [P, M]   eq. 7
+    Al = intra_region_collection(A, J, labels, reps, printed)[0] if intra else A[reps]      # [P, M]   eq. 6
+    Ag = inter_region_interaction(Al, J, labels, reps, printed)[0] if inter else Al         # [P, M]   eq. 7
     if not intra:
-        return own.index_add(0, reps, Jp * Ag)                  # [HW, M]  R10
-    return intra_region_distribution(A, Ag, J, labels, reps)[0]     # [HW, M]  eq. 8
+        return A.index_add(0, reps, Ag)                         # [HW, M]  R10
+    return intra_region_distribution(A, Ag, J, labels, reps, printed)[0]    # [HW, M]  eq. 8
 
 
 # --- RCB and RIB for batches -----------------------------------------------------------------------------
@@ -453,16 +459,16 @@ class RIB(nn.Module):
     `exchange_context` of each image. It has no parameters.
 
     representatives: K, at most so many of each region.
-    intra: False takes eqs. 6 and 8 out: A^l = J A, and A^g reaches only the representatives (R10).
-    inter: False takes eq. 7 out: A^g = J A^l (R10).
-    mean: False leaves the sum of eq. 7 as printed (R8).
+    intra: False takes eqs. 6 and 8 out: A^l = A, and A^g reaches only the representatives (R10).
+    inter: False takes eq. 7 out: A^g = A^l (R10).
+    printed: True takes eqs. 6-8 as printed, with J in the sums (R9), and eq. 7's sum undivided (R8).
     Gradient: to A and to J of the regions.
     """
 
-    def __init__(self, representatives: int = 8, intra: bool = True, inter: bool = True, mean: bool = True):
+    def __init__(self, representatives: int = 8, intra: bool = True, inter: bool = True, printed: bool = False):
         super().__init__()
         _check_settings(representatives=representatives)
-        self.representatives, self.intra, self.inter, self.mean = representatives, intra, inter, mean
+        self.representatives, self.intra, self.inter, self.printed = representatives, intra, inter, printed
 
     @torch.compiler.disable     # P, the number of representatives, is another one for every image
     def forward(self, A: Tensor, regions: Regions) -> Tensor:
@@ -473,7 +479,7 @@ class RIB(nn.Module):
         labels, J = regions
         with torch.autocast(A.device.type, enabled=False):
             pixels = _at_least_float32(A).flatten(2).mT         # [b, HW, M]
-            contexts = [exchange_context(*image, self.representatives, self.intra, self.inter, self.mean)      # [HW, M]
+            contexts = [exchange_context(*image, self.representatives, self.intra, self.inter, self.printed)   # [HW, M]
                         for image in zip(pixels, J.flatten(1).to(pixels.dtype), labels.flatten(1))]
         return torch.stack(contexts).mT.reshape(A.shape).to(A.dtype)
 

@@ -362,22 +362,22 @@ def softmaxes(receivers, sent, groups):
     return W
 
 
-def slow_eq6(A, J, labels, reps):
+def slow_eq6(A, J, labels, reps, printed=False):
     JA, regions = J[:, None] * A, members(labels)
     W = softmaxes(A[reps], JA, [[[i for i in regions[labels[p]] if i not in reps]] for p in reps])
-    return JA[reps] + W @ JA, W
+    return (JA[reps] + W @ JA if printed else A[reps] + W @ A), W
 
 
-def slow_eq7(Al, J, labels, reps, mean=True):
+def slow_eq7(Al, J, labels, reps, printed=False):
     JAl, phi = J[reps][:, None] * Al, members(labels[reps])
     W = softmaxes(Al, JAl, [[phi[s] for s in range(len(phi)) if s != labels[p]] for p in reps])
-    return JAl + W @ JAl / (max(1, len(phi) - 1) if mean else 1), W
+    return (JAl + W @ JAl if printed else Al + W @ Al / max(1, len(phi) - 1)), W
 
 
-def slow_eq8(A, Ag, J, labels, reps):
+def slow_eq8(A, Ag, J, labels, reps, printed=False):
     JAg, phi = J[reps][:, None] * Ag, members(labels[reps])
     W = softmaxes(A, JAg, [[phi[q]] for q in labels])
-    return J[:, None] * A + W @ JAg, W
+    return (J[:, None] * A + W @ JAg if printed else A + W @ Ag), W
 
 
 def agree(function, slow, *x, **options):
@@ -387,19 +387,22 @@ def agree(function, slow, *x, **options):
     assert (W >= 0).all() and torch.equal(W == 0, torch.from_numpy(weights == 0))
 
 
-@given(interactions())
-def test_eq6_equals_the_loop(x):
-    agree(ranet.intra_region_collection, slow_eq6, *x)
+as_printed = st.sampled_from([{}, {"printed": False}, {"printed": True}])
 
 
-@given(interactions(), st.sampled_from([{}, {"mean": True}, {"mean": False}]))
+@given(interactions(), as_printed)
+def test_eq6_equals_the_loop(x, options):
+    agree(ranet.intra_region_collection, slow_eq6, *x, **options)
+
+
+@given(interactions(), as_printed)
 def test_eq7_equals_the_loop(x, options):
     agree(ranet.inter_region_interaction, slow_eq7, x[0][x[3]], *x[1:], **options)
 
 
-@given(interactions())
-def test_eq8_equals_the_loop(x):
-    agree(ranet.intra_region_distribution, slow_eq8, x[0], 2 - x[0][x[3]], *x[1:])
+@given(interactions(), as_printed)
+def test_eq8_equals_the_loop(x, options):
+    agree(ranet.intra_region_distribution, slow_eq8, x[0], 2 - x[0][x[3]], *x[1:], **options)
 
 
 def eight_pixels():
@@ -407,45 +410,48 @@ def eight_pixels():
     return A, J, labels, ranet.select_representatives(J, labels, 2)
 
 
-@example(eight_pixels(), True, True, False)                     # not left to chance: the sum, of three regions
+@example(eight_pixels(), True, True, True)                      # not left to chance: as printed, of three regions
 @given(interactions(), st.booleans(), st.booleans(), st.booleans())
-def test_eq8_follows_eqs_6_and_7(x, intra, inter, mean):
+def test_eq8_follows_eqs_6_and_7(x, intra, inter, printed):
     A, J, labels, reps = (t.numpy() for t in x)
-    JA, Jp = J[:, None] * A, J[reps][:, None]
-    Al = slow_eq6(A, J, labels, reps)[0] if intra else JA[reps]
-    Ag = slow_eq7(Al, J, labels, reps, mean)[0] if inter else Jp * Al
+    Al = slow_eq6(A, J, labels, reps, printed)[0] if intra else A[reps]
+    Ag = slow_eq7(Al, J, labels, reps, printed)[0] if inter else Al
     reached = np.isin(np.arange(len(J)), reps)                  # without eqs. 6 and 8 only these hear of A^g
-    O = slow_eq8(A, Ag, J, labels, reps)[0] if intra else JA
+    O = slow_eq8(A, Ag, J, labels, reps, printed)[0] if intra else A.copy()
     if not intra:
-        O[reached] += (Jp * Ag)[reps.argsort()]
-    got = ranet.exchange_context(*x[:3], int(np.bincount(labels[reps]).max()), intra, inter, mean)
+        O[reached] += Ag[reps.argsort()]
+    got = ranet.exchange_context(*x[:3], int(np.bincount(labels[reps]).max()), intra, inter, printed)
     close(got, torch.from_numpy(O), rtol=1e-9, atol=1e-9)
 
 
-def gradient_of(function):
+def gradients_of(function):
     A, J, labels, reps = eight_pixels()
-    return torch.autograd.gradcheck(lambda A, J: function(A, J, labels, reps), (A.requires_grad_(), J.requires_grad_()))
+    inputs = A.requires_grad_(), J.requires_grad_()
+    return all(torch.autograd.gradcheck(lambda A, J, printed=printed: function(A, J, labels, reps, printed), inputs)
+               for printed in (False, True))
 
 
-def test_eq6_gradient():
-    assert gradient_of(ranet.intra_region_collection)
+def test_eq6_gradients():
+    assert gradients_of(ranet.intra_region_collection)
 
 
-def test_eq7_gradient():
-    assert gradient_of(lambda A, J, labels, reps: ranet.inter_region_interaction(A[reps], J, labels, reps))
+def test_eq7_gradients():
+    assert gradients_of(lambda A, J, labels, reps, *printed: ranet.inter_region_interaction(
+        A[reps], J, labels, reps, *printed))
 
 
-def test_eq8_gradient():
-    assert gradient_of(lambda A, J, labels, reps: ranet.intra_region_distribution(A, 1 - A[reps], J, labels, reps))
+def test_eq8_gradients():
+    assert gradients_of(lambda A, J, labels, reps, *printed: ranet.intra_region_distribution(
+        A, 1 - A[reps], J, labels, reps, *printed))
 
 
 # --- RCB and RIB -----------------------------------------------------------------------------------------
 def compare(B, C, A, seed=0, k=3, threshold=0.7, cues="both", joint=True, join_lone=True, K=3, intra=True, inter=True,
-            mean=True, tolerance=1e-9):
+            printed=False, tolerance=1e-9):
     """RCB and RIB beside the equations: labels, J, O and all gradients. None where rounding may decide: an F^g at the
     threshold, or a lone pixel that is attached to two regions alike."""
     H, W = B.shape
-    rcb, rib = ranet.RCB(k, threshold, cues, joint, join_lone).to(B.dtype), ranet.RIB(K, intra, inter, mean)
+    rcb, rib = ranet.RCB(k, threshold, cues, joint, join_lone).to(B.dtype), ranet.RIB(K, intra, inter, printed)
     for logits in rcb.parameters():
         logits.data += noise(k, k, seed=seed, draw=torch.randn).to(logits)
     B, C, A = (x.detach().clone().requires_grad_() for x in (B, C, A))
@@ -463,7 +469,7 @@ def compare(B, C, A, seed=0, k=3, threshold=0.7, cues="both", joint=True, join_l
     if min(gaps) < (1e-9 if B.dtype == torch.float64 else 1e-5):
         return None
     J = ranet.representative_score(Fg, labels)
-    O = ranet.exchange_context(A, J, labels, K, intra, inter, mean)
+    O = ranet.exchange_context(A, J, labels, K, intra, inter, printed)
     weight = noise(*O.shape, seed=1, draw=torch.randn).to(O.dtype)
     slow = torch.autograd.grad((O * weight).sum(), inputs, allow_unused=True, materialize_grads=True)
     together = ranet.construct_regions(B, C, rcb.kernel().to(B.dtype), threshold, cues, join_lone)
@@ -487,7 +493,7 @@ def compare(B, C, A, seed=0, k=3, threshold=0.7, cues="both", joint=True, join_l
 @given(score_maps(), st.data(), st.fixed_dictionaries({
     "k": st.sampled_from([1, 3, 5]), "threshold": st.sampled_from([0.3, 0.61, 0.8]), "joint": st.booleans(),
     "cues": st.sampled_from(["both", "boundary", "semantic"]), "join_lone": st.booleans(), "K": st.integers(1, 9),
-    "intra": st.booleans(), "inter": st.booleans(), "mean": st.booleans()}))
+    "intra": st.booleans(), "inter": st.booleans(), "printed": st.booleans()}))
 def test_rcb_rib_equal_the_functions(B, data, options):
     C = data.draw(class_maps(size=tuple(B.shape)))
     assume(compare(B, C, random_map(*B.shape)[2], seed=B.numel(), **options) is not None)
@@ -886,23 +892,32 @@ MUTATIONS = [
     ("eq6", "others[:, reps] = False", "pass"),                                                    # representatives too
     ("eq6", "_masked_softmax(A[reps] @ JA.T, others)", "(A[reps] @ JA.T).softmax(1)"),              # over all pixels
     ("eq6", "_masked_softmax(A[reps] @ JA.T, others)", "_masked_softmax(A[reps] @ A.T, others)"),   # J missing
-    ("eq6", "return JA[reps] + Wl @ JA, Wl", "return A[reps] + Wl @ JA, Wl"),                       # J(p) missing
-    ("eq6", "return JA[reps] + Wl @ JA, Wl", "return JA[reps] - Wl @ JA, Wl"),                      # sign
+    ("eq6", "sent = JA if printed else A  ", "sent = JA"),                                          # always as printed
+    ("eq6", "sent = JA if printed else A  ", "sent = A"),                                           # never
+    ("eq6", "return sent[reps] + Wl @ sent, Wl", "return A[reps] + Wl @ sent, Wl"),                 # J(p) missing
+    ("eq6", "return sent[reps] + Wl @ sent, Wl", "return sent[reps] - Wl @ sent, Wl"),              # sign
     ("eq7", "x.softmax(1) for x in each", "x.softmax(0) for x in each"),                            # over receivers
     ("eq7", "* (region[:, None] != region)", "* 1"),                                                # s = q included
     ("eq7", "each = logits.split(region.bincount().tolist(), 1)", "each = [logits]"),               # all at once
     ("eq7", "max(1, len(each) - 1)", "len(each)"),                                                  # divided by Q
     ("eq7", "max(1, len(each) - 1)", "max(1, len(each) - 1) ** 0.5"),                               # grows with Q
-    ("eq7", "return JAl + Wi @ JAl / terms", "return (JAl + Wi @ JAl) / terms"),                  # the own word, too
-    ("eq7", "return JAl + Wi @ JAl / terms", "return Al + Wi @ JAl / terms"),                     # J(p) missing
-    ("eq8", "labels, reps, mean)[0] if inter", "labels, reps)[0] if inter"),                        # always the mean
+    ("eq7", "return sent + Wi @ sent / terms", "return (sent + Wi @ sent) / terms"),                # the own word, too
+    ("eq7", "return sent + Wi @ sent / terms", "return Al + Wi @ sent / terms"),                    # J(p) missing
+    ("eq7", "(JAl, 1) if printed", "(JAl, max(1, len(each) - 1)) if printed"),                      # always the mean
+    ("eq7", "else (Al, max(", "else (JAl, max("),                                                   # J in the sum
+    ("eq8", "if intra else A[reps]", "if intra else J[reps][:, None] * A[reps]"),
+    ("eq8", "labels, reps, printed)[0] if intra", "labels, reps)[0] if intra"),                     # never as printed,
+    ("eq8", "labels, reps, printed)[0] if inter", "labels, reps)[0] if inter"),                     # eq. 6, 7
+    ("eq8", "labels, reps, printed)[0]    #", "labels, reps)[0]    #"),                             # and 8
     ("eq7", "logits = Al @ JAl.T  ", "logits = JAl @ Al.T  "),                                      # J on one side
     ("eq8", "_masked_softmax(A @ JAg.T, same)", "(A @ JAg.T).softmax(1)"),                          # all, not its own
     ("eq8", "_masked_softmax(A @ JAg.T, same)", "_masked_softmax((A @ JAg.T) / A.shape[1] ** 0.5, same)"),      # scaled
-    ("eq8", "own = J[:, None] * A", "own = J[:, None] + A"),
-    ("eq8", "index_add(0, reps, Jp * Ag)", "index_add(0, reps, Ag)"),                               # J(p) missing
-    ("eq8", "if inter else Jp * Al", "if inter else Al"),
-    ("eq8", "return J[:, None] * A + Wd @ JAg, Wd", "return A + Wd @ JAg, Wd"),                     # J_i missing
+    ("eq8", "return A.index_add(0, reps, Ag)", "return A"),                                         # reaches nobody
+    ("eq8", "if inter else Al  ", "if inter else J[reps][:, None] * Al  "),
+    ("eq8", "(J[:, None] * A, JAg) if printed", "(A, JAg) if printed"),                             # J_i missing
+    ("eq8", "(J[:, None] * A, JAg) if printed", "(J[:, None] * A, Ag) if printed"),                 # J(p) missing
+    ("eq8", "if printed else (A, Ag)", "if printed else (A, JAg)"),                                 # J in the sum
+    ("eq8", "if printed else (A, Ag)", "if printed else (J[:, None] * A, Ag)"),
     ("eq8", "softmax(1) * mask", "softmax(0) * mask"),                                              # wrong axis
     ("lone", "masked_fill(size == 1, -1)", "masked_fill(size == 0, -1)"),                           # to themselves
     ("lone", "torch.where(size[labels] == 1, ", "torch.where(size[labels] <= 2, "),                 # pairs, too

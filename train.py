@@ -29,7 +29,7 @@ import ranet
 from data import TrainingSet, load, names
 from evaluate import How, draw_overview, evaluate, report, survey
 from launch import BAR, PAPER, RECIPES, Where, expected, flags, launch, number, one_line, writable
-from models import CONTEXTS, DRAWS, PEERS, build, read, restore, save
+from models import CONTEXTS, PEERS, VERSION, build, read, restore, save
 
 # --- Training --------------------------------------------------------------------------------------------
 
@@ -145,7 +145,7 @@ def train(args: argparse.Namespace, where: Where) -> None:
                         file.write(json.dumps(line) + "\n")
             if rank == 0 and (done % save_every == 0 or done == settings.steps):
                 save(last, {
-                    "step": done, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "draws": DRAWS,
+                    "step": done, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "version": VERSION,
                     "images": images, "args": vars(settings), "classes": list(classes),
                     "palette": list(map(list, data.palette))})
     except (KeyboardInterrupt, ValueError, OSError, RuntimeError) as error:
@@ -200,9 +200,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if known and not args.resume:
         sys.exit(f"{args.out} holds a run at step {args.saved['step']} of {known['steps']}: "
                  "continue it with --resume, or choose another --out")
-    if known and not (args.saved.get("draws") == DRAWS and {"optimizer", "images"} <= args.saved.keys()):
-        sys.exit(f"{last} cannot be resumed: it is of an earlier version, which drew other images and crops, or has no "
-                 "optimizer; evaluate.py still takes it")
+    if known and not {"optimizer", "images"} <= args.saved.keys():
+        sys.exit(f"{last} cannot be resumed: it lacks its optimizer or its images; evaluate.py still takes it")
     for key in given.keys() & known.keys() - {"root"}:
         if given[key] != known[key]:
             sys.exit(f"--{key} {given[key]} contradicts {last}, which was trained with {known[key]}")

@@ -20,9 +20,9 @@ import ranet  # pictures.py has put its folder on the path
 
 PAGE, MARK = Path(__file__).with_name("explore.html"), "const SCENES = "
 START = {"tau": 0.8, "centre": 0.87, "K": 8, "cues": "both", "join_lone": True, "intra": True, "inter": True,
-         "mean": True}
+         "printed": False}
 SETTINGS = [START | changed for changed in (
-    {}, {"tau": 0.5, "cues": "boundary", "K": 3, "mean": False}, {"cues": "semantic", "intra": False, "centre": 0.6},
+    {}, {"tau": 0.5, "cues": "boundary", "K": 3, "printed": True}, {"cues": "semantic", "intra": False, "centre": 0.6},
     {"join_lone": False, "inter": False, "K": 1})]
 
 
@@ -80,7 +80,7 @@ def expected(s: dict) -> list[dict]:
         Wg = torch.full((3, 3), (1 - use["centre"]) / 8, dtype=torch.float64)
         Wg[1, 1] = use["centre"]
         labels, J = ranet.construct_regions(B, C, Wg, use["tau"], use["cues"], use["join_lone"])
-        O = ranet.exchange_context(A, J, labels, use["K"], use["intra"], use["inter"], use["mean"])      # [HW, M]
+        O = ranet.exchange_context(A, J, labels, use["K"], use["intra"], use["inter"], use["printed"])   # [HW, M]
         found.append({"set": use, "labels": text(labels.to(torch.uint16)), "J": text(J.float()),
                       "O": [round(x, 5) for x in O.sum(0).tolist()]})
     return found

@@ -429,16 +429,17 @@ def test_train_checkpoints_that_do_not_fit():
     for changed, said in (
             ({**checkpoint, "classes": ["a"]}, "class 0 is 'a' in x.pt and 'wall' in the data (1 and 7 classes)"),
             ({**checkpoint, "args": {**checkpoint["args"], "context": "spp"}}, "another model"),
-            ({**checkpoint, "args": {**checkpoint["args"], "data": "shapes"}}, "another version: --data shapes"),
+            ({**checkpoint, "args": {**checkpoint["args"], "data": "shapes"}}, "version of this code: --data shapes"),
+            ({**checkpoint, "version": 2}, "x.pt is of another version of this code"),
             (checkpoint["model"], "it has no args, classes, model"), ({**checkpoint, "args": None}, "settings in args"),
             ({k: v for k, v in checkpoint.items() if k != "palette"}, "no checkpoint of train.py: it has no palette")):
         torch.save(changed, "x.pt")
         assert said in fails("evaluate", "x.pt")
     Path("old").mkdir()
-    for lost in ("draws", "optimizer"):
+    for lost in ("images", "optimizer"):
         args = {key: x for key, x in checkpoint["args"].items() if key not in ("k", "strides", "amp", "crop")}
         torch.save({key: x for key, x in {**checkpoint, "args": args}.items() if key != lost}, "old/last.pt")
-        assert "old/last.pt cannot be resumed: it is of an earlier version" in fails("--resume", "--out", "old")
+        assert "old/last.pt cannot be resumed: it lacks its optimizer or its images" in fails("--resume", "--out", "old")
         run("evaluate", "old/last.pt", "--workers", 0)          # the recipe has what is missing
     Path("half.pt").write_bytes(before[:len(before) // 2])
     assert "half.pt" in fails("evaluate", "half.pt", "a.png")
