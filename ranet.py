@@ -49,8 +49,8 @@ How the paper is read where it is silent or contradicts itself (docs/differences
     R11  boundary target: two classes within radius 2, or beside a narrow ignored band; max-pooled to B's grid
     R12  losses 1 : 1 : 1; where the paper is silent, the values of its released code or of the field
     R13  B starts at 0.05, so that the first map is one region
-    R14  O is batch-normalised before it meets A, so that a joint RCB (R16) cannot shrink O by raising B; O starts at a
-         quarter of A's size, since the first regions are arbitrary
+    R14  O, a sum of several features, is batch-normalised before it meets A, and starts at a quarter of A's size, since
+         the first regions are arbitrary
     R15  A is a 3 x 3 convolution of the features; the segmentation sees [A, O]; RIB has no parameters
     R16  J's gradient ends at W^g: in B and C it would disturb what their own losses teach
 
