@@ -31,7 +31,7 @@ i, j: pixels, in raster order. q, s: regions. p, r: representatives (the paper's
 are int64, the rest floating-point of one type. Below a docstring's formula stands what goes in -> what comes out, and
 what receives a gradient. At 97 x 97 a [HW, HW] matrix takes 338 MiB in float32.
 
-How the paper is read where it is silent or contradicts itself (docs/differences.md has the effects):
+How the paper is read, and where it is not followed: R2, R8, R9 (docs/differences.md has the effects):
 
     R1   eq. 1: a sample at every step of the line's longer axis, interpolated along the other; both ends belong
     R2   eq. 2: the Jensen-Shannon divergence with log base 2; as printed it is not 0 at i = j
@@ -289,8 +289,8 @@ def intra_region_collection(A: Tensor, J: Tensor, labels: Tensor, reps: Tensor,
               W^l_{q,k,i} = \frac{\exp(A(p_{q,k}) (J_i A_i)^\top)}
                                  {\sum_{j \in R_q \setminus \phi(R_q)} \exp(A(p_{q,k}) (J_j A_j)^\top)}
 
-    The paper's first line is J(p) A(p) + the sum of W^l (J_i A_i) (R9); printed=True takes it. Where every pixel of a
-    region is a representative the sum is empty, and 0 (R7).
+    The paper's A^l is J(p) A(p) + the sum of W^l (J_i A_i) (R9); printed=True takes that. Where every pixel of a region
+    is a representative the sum is empty, and 0 (R7).
 
     A [HW, M], J [HW], labels [HW], reps [P] -> A^l [P, M]; W^l [P, HW], 0 outside its set. Gradient: to A and J.
     """
@@ -312,9 +312,9 @@ def inter_region_interaction(Al: Tensor, J: Tensor, labels: Tensor, reps: Tensor
               W^g_{q,s,k,i} = \frac{\exp(A^l_{q,k} (J(p_{s,i}) A^l_{s,i})^\top)}
                                    {\sum_{p_{s,j} \in \phi(R_s)} \exp(A^l_{q,k} (J(p_{s,j}) A^l_{s,j})^\top)}
 
-    The weights are normalised for each source region s on its own. The paper's first line has J(p) before every A^l
-    (R9) and no 1 / (Q - 1): there a region's own word is one of Q, and counts less the more regions there are (R8).
-    printed=True takes it.
+    The weights are normalised for each source region s on its own. The paper's A^g has J(p) before every A^l (R9),
+    and no 1 / (Q - 1): there a region's own word is one of Q, and counts less the more regions there are (R8).
+    printed=True takes that.
 
     A^l [P, M], J [HW], labels [HW], reps [P] -> A^g [P, M]; the paper's second W^g (here Wi) [P, P], 0 within a region.
     Gradient: to A^l and J.
@@ -337,7 +337,7 @@ def intra_region_distribution(A: Tensor, Ag: Tensor, J: Tensor, labels: Tensor, 
               W^d_{q,k,i} = \frac{\exp(A_i (J(p_{q,k}) A^g_{q,k})^\top)}
                                  {\sum_{p_{q,j} \in \phi(R_q)} \exp(A_i (J(p_{q,j}) A^g_{q,j})^\top)}
 
-    The paper's first line is J_i A_i + the sum of W^d (J(p) A^g) (R9); printed=True takes it.
+    The paper's O is J_i A_i + the sum of W^d (J(p) A^g) (R9); printed=True takes that.
 
     A [HW, M], A^g [P, M], J [HW], labels [HW], reps [P] -> O [HW, M]; W^d [HW, P], 0 outside the pixel's region.
     Gradient: to A, A^g and J.
@@ -520,7 +520,7 @@ class RANet(nn.Module):
     backbone: a module from images [b, 3, h, w] to features [b, in_channels, H, W]. Stride 8 in the paper.
     num_classes, channels: N, M.
     context: a module from A [b, M, H, W], B [b, H, W] and C [b, N, H, W] to O [b, M, H, W] and `Regions` (or None);
-        None: `RegionContext()`, the paper's.
+        None: `RegionContext()`.
     dropout: the share of feature channels dropped before the classifier.
     """
 
