@@ -907,7 +907,7 @@ MUTATIONS = [
     ("eq7", "logits = Al @ JAl.T  ", "logits = Al @ Al.T  "),                                       # J missing
     ("eq7", "(JAl, 1) if printed", "(JAl, max(1, len(each) - 1)) if printed"),                      # always the mean
     ("eq7", "else (Al, max(", "else (JAl, max("),                                                   # J in the sum
-    ("eq8", "if intra else A[reps]", "if intra else J[reps][:, None] * A[reps]"),        # J(p) in A^l
+    ("eq8", "if intra else A[reps]", "if intra else J[reps][:, None] * A[reps]"),                   # J(p) in A^l
     ("eq8", "labels, reps, printed)[0] if intra", "labels, reps)[0] if intra"),                     # never as printed,
     ("eq8", "labels, reps, printed)[0] if inter", "labels, reps)[0] if inter"),                     # eq. 6, 7
     ("eq8", "labels, reps, printed)[0]    #", "labels, reps)[0]    #"),                             # and 8
@@ -915,11 +915,11 @@ MUTATIONS = [
     ("eq8", "_masked_softmax(A @ JAg.T, same)", "(A @ JAg.T).softmax(1)"),                          # all, not its own
     ("eq8", "_masked_softmax(A @ JAg.T, same)", "_masked_softmax((A @ JAg.T) / A.shape[1] ** 0.5, same)"),      # scaled
     ("eq8", "return A.index_add(0, reps, Ag)", "return A"),                                         # reaches nobody
-    ("eq8", "if inter else Al  ", "if inter else J[reps][:, None] * Al  "),            # J(p) in A^g
+    ("eq8", "if inter else Al  ", "if inter else J[reps][:, None] * Al  "),                         # J(p) in A^g
     ("eq8", "(J[:, None] * A, JAg) if printed", "(A, JAg) if printed"),                             # J_i missing
     ("eq8", "(J[:, None] * A, JAg) if printed", "(J[:, None] * A, Ag) if printed"),                 # J(p) missing
     ("eq8", "if printed else (A, Ag)", "if printed else (A, JAg)"),                                 # J in the sum
-    ("eq8", "if printed else (A, Ag)", "if printed else (J[:, None] * A, Ag)"),               # J_i in the sum
+    ("eq8", "if printed else (A, Ag)", "if printed else (J[:, None] * A, Ag)"),                     # J_i in the sum
     ("eq8", "softmax(1) * mask", "softmax(0) * mask"),                                              # wrong axis
     ("lone", "masked_fill(size == 1, -1)", "masked_fill(size == 0, -1)"),                           # to themselves
     ("lone", "torch.where(size[labels] == 1, ", "torch.where(size[labels] <= 2, "),                 # pairs, too
